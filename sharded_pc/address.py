@@ -1,0 +1,119 @@
+"""QEMU's grammar of migration URIs (qemu(1), -incoming)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sharded_pc.errors import UsageError
+
+GRAMMAR = "tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH[,offset=BYTES]"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TcpAddress:
+    """port 0 lets the system choose; IPv6 hosts stand in brackets."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"tcp:{host}:{self.port}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UnixAddress:
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FdAddress:
+    """An inherited descriptor: a connected socket, or the reading end of a pipe."""
+
+    fd: int
+
+    def __str__(self) -> str:
+        return f"fd:{self.fd}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExecAddress:
+    """A shell command whose standard output is the stream and whose standard input the way back."""
+
+    command: str
+
+    def __str__(self) -> str:
+        return f"exec:{self.command}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FileAddress:
+    """A file that holds a stream; there is no way back."""
+
+    path: str
+    offset: int = 0
+
+    def __str__(self) -> str:
+        return f"file:{self.path}" + (f",offset={self.offset}" if self.offset else "")
+
+
+Address = TcpAddress | UnixAddress | FdAddress | ExecAddress | FileAddress
+
+
+def _tcp(rest: str) -> TcpAddress:
+    host, colon, port = rest.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"tcp address {rest!r}: expected HOST:PORT, as in tcp:0.0.0.0:4444")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise UsageError(f"tcp address {rest!r}: put the IPv6 host in brackets, tcp:[{host}]:{port}")
+    return TcpAddress(host, int(port))
+
+
+def _unix(rest: str) -> UnixAddress:
+    if not rest:
+        raise UsageError("unix address without a path: expected unix:PATH")
+    if len(rest.encode()) > 107:
+        raise UsageError(f"unix address {rest!r}: a socket's path has at most 107 bytes")
+    return UnixAddress(rest)
+
+
+def _fd(rest: str) -> FdAddress:
+    if not rest.isdigit():
+        raise UsageError(f"fd address {rest!r}: expected the number of an inherited descriptor")
+    return FdAddress(int(rest))
+
+
+def _exec(rest: str) -> ExecAddress:
+    if not rest.strip():
+        raise UsageError("exec address without a command: expected exec:COMMAND")
+    return ExecAddress(rest)
+
+
+def _bytes(text: str) -> int:
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise UsageError(f"file offset {text!r}: expected a number of bytes") from None
+
+
+def _file(rest: str) -> FileAddress:
+    path, comma, option = rest.partition(",offset=")
+    if not path:
+        raise UsageError("file address without a path: expected file:PATH")
+    return FileAddress(path, _bytes(option) if comma else 0)
+
+
+_KINDS = {"tcp": _tcp, "unix": _unix, "fd": _fd, "exec": _exec, "file": _file}
+
+
+def parse(text: str) -> Address:
+    """`text` as one of the addresses above; UsageError names what was expected."""
+    kind, colon, rest = text.partition(":")
+    if not colon or kind not in _KINDS:
+        raise UsageError(f"address {text!r}: expected {GRAMMAR}")
+    return _KINDS[kind](rest)

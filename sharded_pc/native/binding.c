@@ -1,0 +1,1 @@
+#include "sharded_pc.h"

@@ -1,0 +1,101 @@
+#include "control.h"
+
+#include <errno.h>
+#include <string.h>
+#include <time.h>
+
+static_assert(sizeof(sp_bell) == 8, "bells are futex words");
+static_assert(sizeof(sp_shard) % 64 == 0, "shards start on cache lines");
+
+size_t sp_control_bytes(uint32_t n_shards)
+{
+    return sizeof(sp_control) + (size_t)n_shards * sizeof(sp_shard);
+}
+
+void sp_control_init(sp_control *c, uint32_t n_shards, uint32_t owner)
+{
+    c->bytes = sp_control_bytes(n_shards);
+    c->n_shards = n_shards;
+    c->owner = owner;
+    c->totals.started_ns = sp_now_ns();
+    c->magic = SP_CONTROL_MAGIC;
+}
+
+int sp_control_check(const sp_control *c, size_t bytes)
+{
+    if (bytes < sizeof *c || c->magic != SP_CONTROL_MAGIC || c->bytes != bytes)
+        return -EPROTO;
+    if (c->n_shards == 0 || c->n_shards > SP_MAX_SHARDS || sp_control_bytes(c->n_shards) != bytes)
+        return -EPROTO;
+    return 0;
+}
+
+static bool same_name(const sp_block *b, const uint8_t *name, size_t len)
+{
+    return strnlen(b->name, sizeof b->name) == len && memcmp(b->name, name, len) == 0;
+}
+
+int sp_control_add_block(sp_control *c, uint32_t index, const char *name, uint64_t bytes)
+{
+    size_t len = strlen(name);
+    if (index >= SP_MAX_BLOCKS)
+        return -E2BIG;
+    if (len == 0 || len >= sizeof c->blocks[0].name || bytes == 0 || bytes % SP_PAGE_BYTES)
+        return -EINVAL;
+    for (uint32_t i = 0; i < index; i++)
+        if (same_name(&c->blocks[i], (const uint8_t *)name, len))
+            return -EEXIST;
+    memcpy(c->blocks[index].name, name, len + 1);
+    c->blocks[index].bytes = bytes;
+    return (int)index;
+}
+
+int sp_control_publish(sp_control *c, uint32_t n_blocks, uint64_t stripe_pages)
+{
+    if (stripe_pages == 0 || stripe_pages % 64 || n_blocks > SP_MAX_BLOCKS)
+        return -EINVAL;
+    uint64_t bit = 0, stripe = 0;
+    for (uint32_t i = 0; i < n_blocks; i++) {
+        sp_block *b = &c->blocks[i];
+        uint64_t pages = sp_block_pages(b);
+        b->first_bit = bit;
+        b->first_stripe = stripe;
+        bit += (pages + 63) / 64 * 64;
+        stripe += (pages + stripe_pages - 1) / stripe_pages;
+    }
+    c->stripe_pages = stripe_pages;
+    c->n_bits = bit;
+    atomic_store(&c->n_blocks, n_blocks);
+    return 0;
+}
+
+int sp_control_find(const sp_control *c, const uint8_t *name, size_t len)
+{
+    uint32_t n = atomic_load(&c->n_blocks);
+    for (uint32_t i = 0; i < n; i++)
+        if (same_name(&c->blocks[i], name, len))
+            return (int)i;
+    return -ENOENT;
+}
+
+uint32_t sp_state_get(sp_control *c)
+{
+    return atomic_load(&c->postcopy_state);
+}
+
+uint32_t sp_state_set(sp_control *c, uint32_t state)
+{
+    return atomic_exchange(&c->postcopy_state, state);
+}
+
+void sp_status_set(sp_control *c, uint32_t status)
+{
+    atomic_store(&c->status, status);
+}
+
+uint64_t sp_now_ns(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * 1000000000ULL + (uint64_t)ts.tv_nsec;
+}

@@ -1,0 +1,36 @@
+"""The C core's door: the extension itself, and return codes turned into errors."""
+
+from __future__ import annotations
+
+import os
+
+from sharded_pc.errors import HostError
+from sharded_pc.native import _native
+
+ffi = _native.ffi
+lib = _native.lib
+
+
+def ensure(rc: int, doing: str) -> int:
+    """`rc` if it is not negative; else HostError for -errno: "doing: reason"."""
+    if rc < 0:
+        raise system_error(-rc, doing)
+    return rc
+
+
+def ensure_object(pointer, doing: str):
+    """`pointer` unless NULL: out of memory."""
+    if pointer == ffi.NULL:
+        raise MemoryError(doing)
+    return pointer
+
+
+def system_error(errno: int, doing: str) -> HostError:
+    error = HostError(f"{doing}: {os.strerror(errno)}")
+    error.errno = errno  # type: ignore[attr-defined]
+    return error
+
+
+def now_ns() -> int:
+    """CLOCK_MONOTONIC, as the core's counters use it."""
+    return lib.sp_now_ns()

@@ -1,0 +1,254 @@
+/* The placement side of a worker. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/mman.h>
+
+#include "uffd.h"
+#include "worker.h"
+
+enum { IDLE_MS = 1000 };
+
+static uint64_t bit_of(const sp_worker *w, uint32_t block, uint64_t page)
+{
+    return w->control->blocks[block].first_bit + page;
+}
+
+static uint64_t addr_of(const sp_worker *w, uint32_t block, uint64_t page)
+{
+    return (uint64_t)(uintptr_t)w->base[block] + page * SP_PAGE_BYTES;
+}
+
+void sp_wake_guests(sp_worker *w, int guest, uint32_t block, uint64_t page, uint64_t pages)
+{
+    for (int i = 0; i < (int)SP_MAX_GUESTS; i++) {
+        sp_guest *g = &w->guests[i];
+        if ((guest >= 0 && i != guest) || atomic_load(&g->state) != SP_GUEST_ACTIVE ||
+            !g->base[block])
+            continue;
+        /* A guest that is dying has nobody to wake: the error is its own. */
+        sp_uffd_wake(g->uffd, g->base[block] + page * SP_PAGE_BYTES, pages * SP_PAGE_BYTES);
+        sp_count(&w->shard->counters.wakes, 1);
+    }
+}
+
+/* Makes pages that are in place known, and wakes whoever asked for one of them. */
+static void publish(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages)
+{
+    uint64_t bit = bit_of(w, block, page);
+    sp_bits_set(w->received, bit, pages);
+    if (!sp_bits_any(w->requested, bit, pages))
+        return;
+    sp_wake_guests(w, -1, block, page, pages);
+    uint64_t now = sp_now_ns();
+    for (uint64_t i = 0; i < pages; i++)
+        if (sp_bit_test(w->requested, bit + i))
+            sp_waiter_end(w, bit + i, now);
+}
+
+/* Pages from `page` on that are still missing; 0 if the first one is here, which is then counted
+ * as a second arrival: it changes nothing. */
+static uint64_t missing_run(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages)
+{
+    uint64_t bit = bit_of(w, block, page);
+    if (!sp_bit_test(w->received, bit))
+        return sp_bits_run(w->received, bit, pages);
+    sp_count(&w->shard->counters.second_pages, 1);
+    return 0;
+}
+
+int sp_place_pages(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages, const uint8_t *src)
+{
+    sp_counters *n = &w->shard->counters;
+    while (pages) {
+        uint64_t done = 1, run = missing_run(w, block, page, pages);
+        if (run) {
+            sp_fill_result res;
+            sp_fill fill = sp_uffd_copy(w->uffd, addr_of(w, block, page), (uint64_t)(uintptr_t)src,
+                                        run * SP_PAGE_BYTES, &res);
+            if (fill == SP_FILL_FAILED) {
+                w->err_bit = bit_of(w, block, page);
+                return -res.err;
+            }
+            /* Present though not marked: a predecessor died between the copy and the mark. */
+            done = fill == SP_FILL_PRESENT ? 1 : res.done / SP_PAGE_BYTES;
+            sp_count(&n->copies, 1);
+            sp_count(&n->pages, done);
+            if (done)
+                publish(w, block, page, done);
+            else
+                sched_yield();
+        }
+        page += done;
+        pages -= done;
+        src += done * SP_PAGE_BYTES;
+    }
+    return 0;
+}
+
+int sp_fill_hole(sp_worker *w, uint32_t block, uint64_t page)
+{
+    sp_fill_result res;
+    sp_fill fill;
+    do {
+        fill = sp_uffd_zeropage(w->uffd, addr_of(w, block, page), SP_PAGE_BYTES, &res);
+    } while (fill == SP_FILL_PART);
+    return fill == SP_FILL_FAILED ? -res.err : 0;
+}
+
+/* A zero page nobody waits for stays a hole: it reads as zeros, costs no memory, and a later fault
+ * on it is answered without the source.  One that is waited for must exist before the wake. */
+int sp_place_zero(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages)
+{
+    while (pages) {
+        uint64_t done = 1, run = missing_run(w, block, page, pages);
+        if (run) {
+            uint64_t bit = bit_of(w, block, page);
+            bool waited = sp_bit_test(w->requested, bit);
+            done = waited ? 1 : sp_bits_run(w->requested, bit, run);
+            int rc = waited ? sp_fill_hole(w, block, page) : 0;
+            if (rc) {
+                w->err_bit = bit;
+                return rc;
+            }
+            sp_count(&w->shard->counters.zero_pages, done);
+            publish(w, block, page, done);
+        }
+        page += done;
+        pages -= done;
+    }
+    return 0;
+}
+
+int sp_discard_pages(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages)
+{
+    sp_bits_clear(w->received, bit_of(w, block, page), pages);
+    sp_count(&w->shard->counters.discarded, pages);
+    int rc = fallocate(w->fd[block], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                       (off_t)(page * SP_PAGE_BYTES), (off_t)(pages * SP_PAGE_BYTES));
+    return rc ? -errno : 0;
+}
+
+static int obey(sp_worker *w, const sp_desc *d)
+{
+    const uint8_t *src = w->pool + d->slot % SP_POOL_SLOTS * SP_PAGE_BYTES;
+    switch (d->kind) {
+    case SP_DESC_PAGES:
+        return sp_place_pages(w, d->block, d->first_page, d->pages, src);
+    case SP_DESC_ZERO:
+        return sp_place_zero(w, d->block, d->first_page, d->pages);
+    default:
+        return sp_discard_pages(w, d->block, d->first_page, d->pages);
+    }
+}
+
+/* A hint may be older than its background descriptor, whose tmp pages may be reused by now: a page
+ * that is here already is left alone without a look at the bytes. */
+static int hurry(sp_worker *w, bool *any)
+{
+    const sp_desc *d;
+    int rc = 0;
+    while (rc == 0 && (d = sp_ring_peek(&w->shard->urgent))) {
+        *any = true;
+        if (!sp_bit_test(w->received, bit_of(w, d->block, d->first_page))) {
+            rc = obey(w, d);
+            sp_count(&w->shard->counters.urgent, 1);
+        }
+        if (rc == 0)
+            sp_ring_pop(&w->shard->urgent);
+    }
+    return rc;
+}
+
+/* Two descriptors whose pages and tmp pages are neighbours are placed by one ioctl. */
+static bool join(sp_desc *d, const sp_desc *next)
+{
+    if (!next || next->kind != d->kind || next->block != d->block || d->kind == SP_DESC_DISCARD ||
+        next->first_page != d->first_page + d->pages || d->pages + next->pages > 64)
+        return false;
+    if (d->kind == SP_DESC_PAGES &&
+        (next->slot != d->slot + d->pages || next->slot % SP_POOL_SLOTS == 0))
+        return false;
+    d->pages += next->pages;
+    return true;
+}
+
+static const sp_desc *peek_at(sp_ring *ring, uint64_t ahead)
+{
+    uint64_t tail = atomic_load_explicit(&ring->tail, memory_order_relaxed) + ahead;
+    if (tail >= atomic_load_explicit(&ring->head, memory_order_acquire))
+        return NULL;
+    return &ring->slots[tail % SP_RING_SLOTS];
+}
+
+static void finish(sp_worker *w, const sp_desc *d, uint64_t n_desc)
+{
+    sp_shard *s = w->shard;
+    if (d->kind == SP_DESC_PAGES)
+        atomic_store_explicit(&s->slots_freed, d->slot + d->pages, memory_order_release);
+    if (d->kind == SP_DESC_DISCARD)
+        atomic_fetch_add(&s->discards_done, 1);
+    uint64_t tail = atomic_load_explicit(&s->background.tail, memory_order_relaxed);
+    atomic_store(&s->background.tail, tail + n_desc);
+    sp_bell_ring(&s->space);
+}
+
+static int take_batch(sp_worker *w, bool *any)
+{
+    const sp_desc *first = sp_ring_peek(&w->shard->background);
+    if (!first)
+        return 0;
+    *any = true;
+    sp_desc d = *first;
+    uint64_t n = 1;
+    while (n < 64 && join(&d, peek_at(&w->shard->background, n)))
+        n++;
+    int rc = obey(w, &d);
+    if (rc == 0)
+        finish(w, &d, n);
+    return rc;
+}
+
+/* Between two rounds no guest's descriptor is in use here: those that leave are let go. */
+static void let_go(sp_worker *w)
+{
+    for (uint32_t i = 0; i < SP_MAX_GUESTS; i++)
+        if (atomic_load(&w->guests[i].state) == SP_GUEST_LEAVING)
+            atomic_store(&w->guests[i].state, SP_GUEST_FREE);
+}
+
+static void sleep_until_work(sp_worker *w)
+{
+    sp_shard *s = w->shard;
+    uint32_t seen = sp_bell_prepare(&s->work);
+    if (atomic_load(&w->stop) || sp_ring_peek(&s->urgent) || sp_ring_peek(&s->background)) {
+        sp_bell_cancel(&s->work);
+        return;
+    }
+    sp_bell_wait(&s->work, seen, IDLE_MS);
+}
+
+sp_status sp_worker_place(sp_worker *w)
+{
+    int rc = 0;
+    atomic_store(&w->placing, 1);
+    while (!atomic_load(&w->stop)) {
+        bool any = false;
+        let_go(w);
+        rc = hurry(w, &any);
+        if (rc == 0)
+            rc = take_batch(w, &any);
+        if (rc != 0)
+            break;
+        if (!any)
+            sleep_until_work(w);
+    }
+    atomic_store(&w->placing, 0);
+    if (rc == 0)
+        return SP_STOPPED;
+    w->err = -rc;
+    atomic_store(&w->shard->failed, (uint32_t)-rc);
+    sp_bell_ring(&w->shard->space);
+    return SP_SYS;
+}

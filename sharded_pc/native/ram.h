@@ -1,0 +1,88 @@
+/* The records of a `ram` section: the C twin of wire/ram.py.
+ *
+ * Reads be64 (offset | flags) records until EOS and hands pages on.  Before LISTENING a page goes
+ * into its RAMBlock's segment by pwritev (precopy.c): no mapping, so a full tmpfs is ENOSPC and not
+ * SIGBUS.  From LISTENING on it goes into a tmp page of its shard and a descriptor into the shard's
+ * ring (route.c).
+ */
+#ifndef SP_RAM_H
+#define SP_RAM_H
+
+#include "control.h"
+#include "status.h"
+#include "stream.h"
+
+#define SP_GATHER 128  /* most pages of one pwritev */
+#define SP_GUESS 64    /* most pages of one scattered read or one descriptor */
+
+/* Record flags, QEMU migration/ram.c RAM_SAVE_FLAG_* */
+enum {
+    SP_RAM_ZERO = 0x02,
+    SP_RAM_MEM_SIZE = 0x04,
+    SP_RAM_PAGE = 0x08,
+    SP_RAM_EOS = 0x10,
+    SP_RAM_CONTINUE = 0x20
+};
+
+typedef struct sp_ram {
+    sp_stream *stream;
+    sp_control *control;
+    sp_word *received, *requested;
+    uint8_t *pool;                  /* all shards' tmp pages, SP_POOL_SLOTS each */
+    int block_fd[SP_MAX_BLOCKS];    /* segments, for precopy */
+    _Atomic uint32_t *stop;         /* the loop's stop flag, looked at while it waits for a shard */
+    int postcopy;                   /* set from LISTENING on */
+    int timeout_ms;                 /* -1: wait for the wire */
+
+    int have_block;                 /* CONTINUE is legal */
+    uint32_t block;                 /* last named block on this channel, across sections */
+    int in_page;                    /* a PAGE header was taken, its payload is not complete */
+    uint64_t page;                  /* index of that page, or of the last one */
+    size_t got;                     /* payload bytes of it that are in its tmp page */
+    uint64_t slot;                  /* its tmp page (postcopy), if has_slot */
+    int has_slot;
+    unsigned guess;                 /* pages the next scattered read hopes for */
+
+    sp_desc run;                    /* pages or zeros not handed to the ring yet */
+    uint32_t run_shard;
+
+    struct iovec gather[SP_GATHER]; /* precopy pages not written yet; they point into the buffer */
+    uint32_t n_gather;
+    uint64_t gather_first;
+
+    /* What went wrong, for the message */
+    int err;
+    uint64_t header;   /* the record's be64 */
+    uint64_t at;       /* stream offset of the record */
+    uint32_t fill;
+    uint32_t shard;    /* of SP_SHARD_FAILED */
+    char name[256];    /* of SP_UNKNOWN_BLOCK */
+    uint64_t mem_size; /* of SP_MEM_SIZE, bytes */
+} sp_ram;
+
+sp_ram *sp_ram_new(sp_stream *s, sp_control *c, sp_word *received, sp_word *requested,
+                   uint8_t *pool, _Atomic uint32_t *stop);
+void sp_ram_free(sp_ram *r);
+/* A new section or a new channel: the next record must name its block (QEMU resets at setup). */
+void sp_ram_forget_block(sp_ram *r);
+/* Reads records until EOS, MEM_SIZE or trouble. */
+sp_status sp_ram_records(sp_ram *r);
+
+/* precopy.c */
+sp_status sp_precopy_page(sp_ram *r, const uint8_t *bytes);
+sp_status sp_precopy_zero(sp_ram *r, uint64_t page);
+sp_status sp_precopy_flush(sp_ram *r);
+
+/* route.c */
+sp_status sp_route_payload(sp_ram *r);             /* goes on with the current page's payload */
+sp_status sp_route_ahead(sp_ram *r);               /* reads what probably comes next */
+sp_status sp_route_zero(sp_ram *r, uint64_t page);
+sp_status sp_route_flush(sp_ram *r);
+/* Hands a discard of whole pages to every shard it touches. */
+sp_status sp_route_discard(sp_ram *r, uint32_t block, uint64_t first_page, uint64_t pages);
+/* Waits until every shard has emptied its background ring (discards and pages done). */
+sp_status sp_route_drain(sp_ram *r);
+/* Takes one record header; a PAGE leaves `in_page` set. */
+sp_status sp_ram_header(sp_ram *r);
+
+#endif

@@ -1,0 +1,200 @@
+"""The wire in C: buffered reading, RAM records, routing to shards (stream.h, ram.h)."""
+
+from __future__ import annotations
+
+import enum
+import os
+
+from sharded_pc.errors import ShardedPcError, ShardError
+from sharded_pc.native.control import Bitmap, Control
+from sharded_pc.native.core import ensure_object, ffi, lib, system_error
+
+
+class Stopped(ShardedPcError):
+    """The loop was asked to stop."""
+
+
+class WireClosed(ShardedPcError):
+    """The peer closed the wire."""
+
+
+class NotYet(Exception):
+    """The wire is quiet; call again (only with a timeout)."""
+
+
+class Records(enum.Enum):
+    """How a call of `Ram.records` ended."""
+
+    EOS = enum.auto()
+    MEM_SIZE = enum.auto()
+    """the block list follows; its total is `Ram.mem_size`"""
+    BAD_FLAGS = enum.auto()
+    UNSUPPORTED = enum.auto()
+    NO_BLOCK = enum.auto()
+    EMPTY_NAME = enum.auto()
+    UNKNOWN_BLOCK = enum.auto()
+    OUTSIDE_BLOCK = enum.auto()
+    BAD_FILL = enum.auto()
+
+
+class Stop:
+    """A switch that ends C loops: an eventfd for those that poll, a word for those that wait."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.word = ffi.new("uint32_t *", 0)
+
+    def set(self) -> None:
+        self.word[0] = 1
+        if self.fd >= 0:
+            os.eventfd_write(self.fd, 1)
+
+    @property
+    def is_set(self) -> bool:
+        return bool(self.word[0])
+
+    def close(self) -> None:
+        os.close(self.fd)
+        self.fd = -1
+
+
+class Stream:
+    """A buffered reader of a non-blocking descriptor, which stays the caller's."""
+
+    def __init__(self, fd: int, stop: Stop, record_fd: int = -1, *, timeout_ms: int = -1) -> None:
+        os.set_blocking(fd, False)
+        self._stop = stop
+        self.timeout_ms = timeout_ms
+        raw = ensure_object(lib.sp_stream_new(fd, stop.fd, record_fd), "allocate a stream")
+        self.raw = ffi.gc(raw, lib.sp_stream_free)
+
+    @property
+    def offset(self) -> int:
+        """Bytes consumed so far."""
+        return lib.sp_stream_offset(self.raw)
+
+    def read(self, size: int) -> bytes:
+        """Exactly `size` bytes; WireClosed, Stopped, HostError."""
+        out, got = ffi.new("uint8_t[]", max(size, 1)), ffi.new("size_t *", 0)
+        self._check(lib.sp_stream_read(self.raw, out, size, got, self.timeout_ms))
+        return bytes(ffi.buffer(out, size))
+
+    def some(self, most: int) -> bytes:
+        """1..most bytes."""
+        out, got = ffi.new("uint8_t[]", most), ffi.new("size_t *", 0)
+        self._check(lib.sp_stream_some(self.raw, out, most, got, self.timeout_ms))
+        return bytes(ffi.buffer(out, got[0]))
+
+    def _check(self, status: int) -> None:
+        raise_for(status, self.raw.err)
+
+
+def raise_for(status: int, errno: int) -> None:
+    """Turns the statuses that any loop can end with into errors."""
+    if status == lib.SP_STOPPED:
+        raise Stopped("stopped")
+    if status == lib.SP_EOF:
+        raise WireClosed("the source closed the stream")
+    if status == lib.SP_SYS:
+        raise system_error(errno, "receive the migration stream")
+    if status == lib.SP_AGAIN:
+        raise NotYet
+
+
+class Ram:
+    """Takes RAM records off a stream and routes them: to segments before LISTENING, to shards after.
+
+    Buffers and the stream must outlive this object.
+    """
+
+    def __init__(
+        self, stream: Stream, control: Control, received: Bitmap, requested: Bitmap, pool, stop: Stop
+    ) -> None:
+        self._keep = (stream, control, received, requested, stop)
+        self._pool = ffi.from_buffer(pool, require_writable=True)
+        raw = lib.sp_ram_new(
+            stream.raw,
+            control.raw,
+            received.raw,
+            requested.raw,
+            ffi.cast("uint8_t *", self._pool),
+            stop.word,
+        )
+        self.raw = ffi.gc(ensure_object(raw, "allocate a RAM reader"), lib.sp_ram_free)
+        self.raw.timeout_ms = stream.timeout_ms
+
+    def release(self) -> None:
+        ffi.release(self.raw)
+        ffi.release(self._pool)
+
+    def use_block(self, index: int, fd: int) -> None:
+        """The segment that holds a block."""
+        self.raw.block_fd[index] = fd
+
+    def enter_postcopy(self) -> None:
+        """From now on placement is atomic."""
+        self.raw.postcopy = 1
+
+    def records(self) -> Records:
+        """Reads records until EOS, MEM_SIZE or a bad record; WireClosed, Stopped, HostError,
+        ShardError."""
+        status = lib.sp_ram_records(self.raw)
+        raise_for(status, self.raw.err)
+        self._check_shard(status)
+        return _OUTCOMES[status]
+
+    def discard(self, block: int, first_page: int, pages: int) -> None:
+        """Hands a discard to every shard it touches."""
+        self._finish(lib.sp_route_discard(self.raw, block, first_page, pages))
+
+    def drain(self) -> None:
+        """Returns when every shard has done everything it was handed."""
+        self._finish(lib.sp_route_drain(self.raw))
+
+    def _finish(self, status: int) -> None:
+        raise_for(status, self.raw.err)
+        self._check_shard(status)
+
+    def _check_shard(self, status: int) -> None:
+        if status == lib.SP_SHARD_FAILED:
+            raise ShardError(f"the worker of shard {self.raw.shard} failed")
+
+    @property
+    def mem_size(self) -> int:
+        return self.raw.mem_size
+
+    @property
+    def header(self) -> int:
+        """The be64 of the last record."""
+        return self.raw.header
+
+    @property
+    def record_offset(self) -> int:
+        """Stream offset of the last record."""
+        return self.raw.at
+
+    @property
+    def fill(self) -> int:
+        return self.raw.fill
+
+    @property
+    def block(self) -> int:
+        """Index of the block named last."""
+        return self.raw.block
+
+    @property
+    def unknown_name(self) -> str:
+        return ffi.string(self.raw.name).decode("utf-8", "surrogateescape")
+
+
+_OUTCOMES = {
+    lib.SP_EOS: Records.EOS,
+    lib.SP_MEM_SIZE: Records.MEM_SIZE,
+    lib.SP_BAD_FLAGS: Records.BAD_FLAGS,
+    lib.SP_UNSUPPORTED: Records.UNSUPPORTED,
+    lib.SP_NO_BLOCK: Records.NO_BLOCK,
+    lib.SP_EMPTY_NAME: Records.EMPTY_NAME,
+    lib.SP_UNKNOWN_BLOCK: Records.UNKNOWN_BLOCK,
+    lib.SP_OUTSIDE_BLOCK: Records.OUTSIDE_BLOCK,
+    lib.SP_BAD_FILL: Records.BAD_FILL,
+}

@@ -1,0 +1,163 @@
+#define _GNU_SOURCE
+#include "return_path.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { MSG_REQ_PAGES_ID = 3, MSG_REQ_PAGES = 4, LARGEST_REQUEST = 4 + 12 + 1 + 255 };
+enum { IDLE_MS = 1000, WIRE_STUCK_MS = 200 };
+
+sp_return_path *sp_rp_new(sp_control *c, int fd)
+{
+    sp_return_path *rp = calloc(1, sizeof *rp);
+    if (!rp)
+        return NULL;
+    rp->control = c;
+    rp->fd = fd;
+    rp->last_block = UINT32_MAX;
+    pthread_mutex_init(&rp->lock, NULL);
+    return rp;
+}
+
+void sp_rp_free(sp_return_path *rp)
+{
+    pthread_mutex_destroy(&rp->lock);
+    free(rp);
+}
+
+int sp_rp_post(sp_return_path *rp, const uint8_t *msg, size_t len)
+{
+    int rc = -ENOBUFS;
+    pthread_mutex_lock(&rp->lock);
+    if (rp->n_outbox + len <= sizeof rp->outbox) {
+        memcpy(rp->outbox + rp->n_outbox, msg, len);
+        rp->n_outbox += len;
+        atomic_store(&rp->posted, 1);
+        rc = 0;
+    }
+    pthread_mutex_unlock(&rp->lock);
+    sp_bell_ring(&rp->control->requests);
+    return rc;
+}
+
+void sp_rp_arm(sp_return_path *rp)
+{
+    atomic_store(&rp->armed, 1);
+    sp_bell_ring(&rp->control->requests);
+}
+
+void sp_rp_stop(sp_return_path *rp)
+{
+    atomic_store(&rp->stop, 1);
+    sp_bell_ring(&rp->control->requests);
+}
+
+static void put(sp_return_path *rp, uint64_t v, int bytes)
+{
+    for (int i = bytes - 1; i >= 0; i--)
+        rp->out[rp->n_out++] = (uint8_t)(v >> (8 * i));
+}
+
+static void put_request(sp_return_path *rp, const sp_desc *d)
+{
+    const sp_block *b = &rp->control->blocks[d->block];
+    size_t len = strnlen(b->name, sizeof b->name);
+    bool named = d->block != rp->last_block;
+    put(rp, named ? MSG_REQ_PAGES_ID : MSG_REQ_PAGES, 2);
+    put(rp, named ? 13 + len : 12, 2);
+    put(rp, d->first_page * SP_PAGE_BYTES, 8);
+    put(rp, d->pages * SP_PAGE_BYTES, 4);
+    if (named) {
+        put(rp, len, 1);
+        memcpy(rp->out + rp->n_out, b->name, len);
+        rp->n_out += len;
+    }
+    rp->last_block = d->block;
+    sp_count(&rp->control->totals.requests_sent, 1);
+}
+
+static void take_outbox(sp_return_path *rp)
+{
+    if (!atomic_load(&rp->posted))
+        return;
+    pthread_mutex_lock(&rp->lock);
+    memcpy(rp->out + rp->n_out, rp->outbox, rp->n_outbox);
+    rp->n_out += rp->n_outbox;
+    rp->n_outbox = 0;
+    atomic_store(&rp->posted, 0);
+    pthread_mutex_unlock(&rp->lock);
+}
+
+static void take_requests(sp_return_path *rp)
+{
+    if (!atomic_load(&rp->armed))
+        return;
+    for (uint32_t i = 0; i < rp->control->n_shards; i++)
+        for (uint32_t g = 0; g < SP_MAX_GUESTS; g++) {
+            sp_ring *ring = &rp->control->shards[i].requests[g];
+            const sp_desc *d;
+            while (rp->n_out + LARGEST_REQUEST <= sizeof rp->out && (d = sp_ring_peek(ring))) {
+                put_request(rp, d);
+                sp_ring_pop(ring);
+            }
+        }
+}
+
+static sp_status broken(sp_return_path *rp, int err)
+{
+    rp->err = err;
+    return SP_SYS;
+}
+
+/* Waits for room on the wire; a stopped receiver gives a stuck peer one more chance. */
+static sp_status await_room(sp_return_path *rp)
+{
+    struct pollfd p = {.fd = rp->fd, .events = POLLOUT};
+    int n = poll(&p, 1, WIRE_STUCK_MS);
+    if (n < 0 && errno != EINTR)
+        return broken(rp, errno);
+    return n == 0 && atomic_load(&rp->stop) ? SP_STOPPED : SP_OK;
+}
+
+static sp_status send_out(sp_return_path *rp)
+{
+    for (size_t done = 0; rp->fd >= 0 && done < rp->n_out;) {
+        ssize_t n = write(rp->fd, rp->out + done, rp->n_out - done);
+        sp_status st = SP_OK;
+        if (n >= 0)
+            done += (size_t)n;
+        else if (errno == EAGAIN)
+            st = await_room(rp);
+        else if (errno != EINTR)
+            st = broken(rp, errno);
+        if (st != SP_OK)
+            return st;
+    }
+    atomic_fetch_add(&rp->sent, rp->n_out);
+    rp->n_out = 0;
+    return SP_OK;
+}
+
+sp_status sp_rp_loop(sp_return_path *rp)
+{
+    for (;;) {
+        uint32_t seen = sp_bell_prepare(&rp->control->requests);
+        uint32_t stop = atomic_load(&rp->stop);
+        take_outbox(rp);
+        take_requests(rp);
+        if (rp->n_out) {
+            sp_bell_cancel(&rp->control->requests);
+            sp_status st = send_out(rp);
+            if (st != SP_OK)
+                return st;
+        } else if (stop) {
+            sp_bell_cancel(&rp->control->requests);
+            return SP_STOPPED;
+        } else {
+            sp_bell_wait(&rp->control->requests, seen, IDLE_MS);
+        }
+    }
+}

@@ -1,0 +1,32 @@
+"""The return path in C (return_path.h)."""
+
+from __future__ import annotations
+
+from sharded_pc.native.control import Control
+from sharded_pc.native.core import ensure, ensure_object, ffi, lib, system_error
+
+
+class ReturnPath:
+    """The one writer of the way back.  `fd` -1: there is none, messages are dropped."""
+
+    def __init__(self, control: Control, fd: int) -> None:
+        self._keep = control
+        raw = ensure_object(lib.sp_rp_new(control.raw, fd), "allocate a return path")
+        self.raw = ffi.gc(raw, lib.sp_rp_free)
+
+    def post(self, message: bytes) -> None:
+        """Queues one message of at most some hundred bytes."""
+        ensure(lib.sp_rp_post(self.raw, message, len(message)), "queue a return path message")
+
+    def arm(self) -> None:
+        """Page requests may be sent from now on."""
+        lib.sp_rp_arm(self.raw)
+
+    def stop(self) -> None:
+        """Ends the loop once everything posted was sent."""
+        lib.sp_rp_stop(self.raw)
+
+    def loop(self) -> None:
+        """Runs until stop(); HostError when the wire cannot be written."""
+        if lib.sp_rp_loop(self.raw) == lib.SP_SYS:
+            raise system_error(self.raw.err, "write to the return path")

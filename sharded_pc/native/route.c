@@ -1,0 +1,335 @@
+/* Pages from LISTENING on: into tmp pages of their shard, descriptors into its rings.
+ *
+ * The hot path is sp_route_ahead: one readv() takes "header, page, header, page ..." apart while
+ * the kernel copies, each payload into the next tmp page, betting that the source goes on where it
+ * was (CONTINUE, next page).  A lost bet costs one copy: the bytes that landed in the wrong place
+ * move to the stream's buffer and are parsed from there.  Tmp pages that were bet on are not
+ * committed until their header was seen to be the expected one, so a lost bet is never visible.
+ */
+#include <errno.h>
+#include <string.h>
+
+#include "ram.h"
+
+enum { WAIT_MS = 100 };
+
+static sp_shard *shard(sp_ram *r, uint32_t index)
+{
+    return &r->control->shards[index];
+}
+
+static uint8_t *tmp_page(sp_ram *r, uint32_t shard_index, uint64_t slot)
+{
+    uint64_t at = (uint64_t)shard_index * SP_POOL_SLOTS + slot % SP_POOL_SLOTS;
+    return r->pool + at * SP_PAGE_BYTES;
+}
+
+static uint64_t free_slots(sp_shard *s)
+{
+    uint64_t taken = atomic_load_explicit(&s->slots_taken, memory_order_relaxed);
+    return SP_POOL_SLOTS - (taken - atomic_load(&s->slots_freed));
+}
+
+static bool has_slot(sp_shard *s)
+{
+    return free_slots(s) > 0;
+}
+
+/* Room for a read worth its system call. */
+static bool has_batch(sp_shard *s)
+{
+    return free_slots(s) >= SP_GUESS;
+}
+
+static bool has_room(sp_shard *s)
+{
+    uint64_t head = atomic_load_explicit(&s->background.head, memory_order_relaxed);
+    return head - atomic_load(&s->background.tail) < SP_RING_SLOTS;
+}
+
+static bool is_idle(sp_shard *s)
+{
+    return atomic_load(&s->background.head) == atomic_load(&s->background.tail);
+}
+
+/* Back-pressure: sleeps until the shard's worker makes `ready` true, and the wire with it. */
+static sp_status await(sp_ram *r, uint32_t index, bool (*ready)(sp_shard *))
+{
+    sp_shard *s = shard(r, index);
+    while (!ready(s)) {
+        uint32_t seen = sp_bell_prepare(&s->space);
+        bool stop = atomic_load(r->stop), broken = atomic_load(&s->failed);
+        if (stop || broken || ready(s)) {
+            sp_bell_cancel(&s->space);
+            if (!stop && !broken)
+                break;
+            r->shard = index;
+            return stop ? SP_STOPPED : SP_SHARD_FAILED;
+        }
+        sp_bell_wait(&s->space, seen, WAIT_MS);
+    }
+    return SP_OK;
+}
+
+static sp_status push(sp_ram *r, uint32_t index, const sp_desc *desc)
+{
+    sp_shard *s = shard(r, index);
+    while (!sp_ring_push(&s->background, desc)) {
+        sp_status st = await(r, index, has_room);
+        if (st != SP_OK)
+            return st;
+    }
+    return SP_OK;
+}
+
+/* Tells the worker which pages of this run a guest is waiting for.  A full ring loses nothing:
+ * the page stands in the background ring as well. */
+static void hint(sp_ram *r, uint32_t index, const sp_desc *run)
+{
+    uint64_t bit = r->control->blocks[run->block].first_bit + run->first_page;
+    if (!sp_bits_any(r->requested, bit, run->pages))
+        return;
+    for (uint64_t i = 0; i < run->pages; i++) {
+        if (!sp_bit_test(r->requested, bit + i))
+            continue;
+        sp_desc one = {run->first_page + i, 1, run->slot + i, run->block, run->kind};
+        sp_ring_push(&shard(r, index)->urgent, &one);
+    }
+}
+
+sp_status sp_route_flush(sp_ram *r)
+{
+    if (r->run.pages == 0)
+        return SP_OK;
+    hint(r, r->run_shard, &r->run);
+    sp_status st = push(r, r->run_shard, &r->run);
+    if (st != SP_OK)
+        return st;
+    if (r->run.kind == SP_DESC_PAGES)
+        sp_count(&r->control->totals.normal, r->run.pages);
+    r->run.pages = 0;
+    sp_bell_ring(&shard(r, r->run_shard)->work);
+    return SP_OK;
+}
+
+/* Adds one page to the run, handing the run on when the page does not belong to it. */
+static sp_status add(sp_ram *r, uint32_t index, const sp_desc *one)
+{
+    sp_desc *run = &r->run;
+    bool data = one->kind == SP_DESC_PAGES;
+    bool joins = run->pages && run->kind == one->kind && run->block == one->block &&
+                 r->run_shard == index && run->first_page + run->pages == one->first_page &&
+                 (!data || (run->pages < SP_GUESS && one->slot % SP_POOL_SLOTS != 0));
+    if (!joins) {
+        sp_status st = sp_route_flush(r);
+        if (st != SP_OK)
+            return st;
+        r->run_shard = index;
+        *run = *one;
+        return SP_OK;
+    }
+    run->pages++;
+    return SP_OK;
+}
+
+sp_status sp_route_zero(sp_ram *r, uint64_t page)
+{
+    const sp_block *b = &r->control->blocks[r->block];
+    sp_desc one = {page, 1, 0, r->block, SP_DESC_ZERO};
+    r->page = page;
+    return add(r, sp_shard_of(r->control, b, page), &one);
+}
+
+/* Takes a tmp page for the current page. */
+static sp_status take_slot(sp_ram *r, uint32_t index)
+{
+    sp_shard *s = shard(r, index);
+    if (!has_slot(s)) {
+        /* The run may hold the very slots we are waiting for. */
+        sp_status st = sp_route_flush(r);
+        if (st == SP_OK)
+            st = await(r, index, has_slot);
+        if (st != SP_OK)
+            return st;
+    }
+    r->slot = atomic_fetch_add_explicit(&s->slots_taken, 1, memory_order_relaxed);
+    r->has_slot = 1;
+    return SP_OK;
+}
+
+static sp_status commit(sp_ram *r, uint32_t index)
+{
+    sp_desc one = {r->page, 1, r->slot, r->block, SP_DESC_PAGES};
+    r->in_page = 0;
+    return add(r, index, &one);
+}
+
+static uint64_t swapped(uint64_t v)
+{
+    return __builtin_bswap64(v);
+}
+
+typedef struct bet {
+    struct iovec iov[1 + 2 * SP_GUESS];
+    uint64_t headers[SP_GUESS];
+    int n_iov;
+    unsigned pages;     /* bet on */
+    size_t rest;        /* bytes the current page still lacks */
+    uint64_t first;     /* page index of the first one bet on */
+    uint32_t shard;
+} bet;
+
+/* Lays out the read: the rest of the current page, then pairs of header and tmp page. */
+static sp_status place_bet(sp_ram *r, bet *b)
+{
+    const sp_block *block = &r->control->blocks[r->block];
+    b->n_iov = 0;
+    b->pages = 0;
+    b->first = r->page + 1;
+    b->rest = r->in_page ? SP_PAGE_BYTES - r->got : 0;
+    if (r->in_page)
+        b->iov[b->n_iov++] = (struct iovec){
+            tmp_page(r, sp_shard_of(r->control, block, r->page), r->slot) + r->got, b->rest};
+    if (b->first >= sp_block_pages(block))
+        return SP_OK;
+    b->shard = sp_shard_of(r->control, block, b->first);
+    sp_status st = await(r, b->shard, has_batch);
+    if (st != SP_OK)
+        return st;
+    sp_shard *s = shard(r, b->shard);
+    uint64_t slot = atomic_load_explicit(&s->slots_taken, memory_order_relaxed);
+    uint64_t most = sp_stripe_rest(r->control, block, b->first), slots = free_slots(s);
+    most = most < slots ? most : slots;
+    for (; b->pages < r->guess && b->pages < most; b->pages++) {
+        b->iov[b->n_iov++] = (struct iovec){&b->headers[b->pages], 8};
+        b->iov[b->n_iov++] = (struct iovec){tmp_page(r, b->shard, slot + b->pages), SP_PAGE_BYTES};
+    }
+    return SP_OK;
+}
+
+/* The bet on page i was lost (or its header is not complete): what landed from there on moves to
+ * the stream's buffer, which is empty and larger than any bet. */
+static void spill(sp_ram *r, bet *b, unsigned i, size_t bytes)
+{
+    sp_stream *s = r->stream;
+    s->pos = s->end = 0;
+    int first = b->n_iov - 2 * (int)(b->pages - i);
+    for (int k = first; bytes; k++) {
+        size_t n = b->iov[k].iov_len < bytes ? b->iov[k].iov_len : bytes;
+        memcpy(s->buf + s->end, b->iov[k].iov_base, n);
+        s->end += n;
+        bytes -= n;
+    }
+}
+
+static void bet_lost(sp_ram *r)
+{
+    sp_count(&r->control->totals.spills, 1);
+    r->guess = r->guess > 8 ? r->guess / 2 : 4;
+}
+
+/* Looks at what the read brought. */
+static sp_status settle(sp_ram *r, bet *b, size_t bytes)
+{
+    if (b->rest) {
+        size_t n = bytes < b->rest ? bytes : b->rest;
+        r->got += n;
+        bytes -= n;
+        if (r->got < SP_PAGE_BYTES)
+            return SP_OK;
+        sp_status st = commit(r, sp_shard_of(r->control, &r->control->blocks[r->block], r->page));
+        if (st != SP_OK)
+            return st;
+    }
+    for (unsigned i = 0; i < b->pages && bytes; i++) {
+        uint64_t expected = (b->first + i) * SP_PAGE_BYTES | SP_RAM_PAGE | SP_RAM_CONTINUE;
+        if (bytes < 8 || swapped(b->headers[i]) != expected) {
+            if (bytes >= 8)
+                bet_lost(r);
+            spill(r, b, i, bytes);
+            return SP_OK;
+        }
+        bytes -= 8;
+        r->page = b->first + i;
+        r->in_page = 1;
+        r->got = bytes < SP_PAGE_BYTES ? bytes : SP_PAGE_BYTES;
+        bytes -= r->got;
+        r->slot = atomic_fetch_add_explicit(&shard(r, b->shard)->slots_taken, 1,
+                                            memory_order_relaxed);
+        r->has_slot = 1;
+        sp_status st = r->got == SP_PAGE_BYTES ? commit(r, b->shard) : SP_OK;
+        if (st != SP_OK)
+            return st;
+    }
+    r->guess = r->guess < SP_GUESS ? r->guess * 2 : SP_GUESS;
+    return SP_OK;
+}
+
+sp_status sp_route_ahead(sp_ram *r)
+{
+    bet b;
+    size_t got = 0;
+    /* Nothing may lie here while the wire is quiet: a guest may be waiting for it. */
+    sp_status st = sp_route_flush(r);
+    if (st == SP_OK)
+        st = place_bet(r, &b);
+    if (st == SP_OK && b.n_iov == 0)
+        return sp_ram_header(r);
+    if (st == SP_OK)
+        st = sp_stream_scatter(r->stream, b.iov, b.n_iov, &got, r->timeout_ms);
+    if (st == SP_SYS)
+        r->err = r->stream->err;
+    return st == SP_OK ? settle(r, &b, got) : st;
+}
+
+sp_status sp_route_payload(sp_ram *r)
+{
+    sp_stream *s = r->stream;
+    uint32_t index = sp_shard_of(r->control, &r->control->blocks[r->block], r->page);
+    if (!r->has_slot) {
+        sp_status st = take_slot(r, index);
+        if (st != SP_OK)
+            return st;
+    }
+    size_t n = SP_PAGE_BYTES - r->got, have = sp_stream_unread(s);
+    if (have == 0)
+        return sp_route_ahead(r);
+    n = n < have ? n : have;
+    memcpy(tmp_page(r, index, r->slot) + r->got, s->buf + s->pos, n);
+    s->pos += n;
+    r->got += n;
+    return r->got == SP_PAGE_BYTES ? commit(r, index) : SP_OK;
+}
+
+sp_status sp_route_discard(sp_ram *r, uint32_t block, uint64_t first_page, uint64_t pages)
+{
+    const sp_block *b = &r->control->blocks[block];
+    while (pages) {
+        uint64_t n = sp_stripe_rest(r->control, b, first_page);
+        n = n < pages ? n : pages;
+        uint32_t index = sp_shard_of(r->control, b, first_page);
+        sp_desc desc = {first_page, n, 0, block, SP_DESC_DISCARD};
+        sp_status st = push(r, index, &desc);
+        if (st != SP_OK)
+            return st;
+        atomic_fetch_add(&shard(r, index)->discards_sent, 1);
+        sp_bell_ring(&shard(r, index)->work);
+        sp_count(&r->control->totals.discarded, n);
+        first_page += n;
+        pages -= n;
+    }
+    return SP_OK;
+}
+
+sp_status sp_route_drain(sp_ram *r)
+{
+    sp_status st = sp_route_flush(r);
+    for (uint32_t i = 0; st == SP_OK && i < r->control->n_shards; i++) {
+        st = await(r, i, is_idle);
+        if (st == SP_OK && atomic_load(&shard(r, i)->failed)) {
+            r->shard = i;
+            st = SP_SHARD_FAILED;
+        }
+    }
+    return st;
+}

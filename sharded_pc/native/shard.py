@@ -1,0 +1,103 @@
+"""One shard's worker in C: placement loop, fault loops, guests (worker.h)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from sharded_pc.errors import AttachError, ShardError
+from sharded_pc.native.control import Bitmap, Control
+from sharded_pc.native.core import ensure_object, ffi, lib, system_error
+from sharded_pc.native.uffd import Uffd
+
+
+class Shard:
+    """Places the pages of one shard.  Buffers must outlive it; release() before closing them."""
+
+    def __init__(
+        self, control: Control, index: int, received: Bitmap, requested: Bitmap, pool, uffd: Uffd
+    ) -> None:
+        self.index = index
+        self._keep = (control, received, requested, uffd)
+        self._views: list = []
+        pool_view = self._view(pool)
+        raw = lib.sp_worker_new(
+            control.raw, index, pool_view, received.raw, requested.raw, uffd.fd
+        )
+        self.raw = ffi.gc(ensure_object(raw, "allocate a worker"), lib.sp_worker_free)
+
+    def _view(self, buffer):
+        view = ffi.from_buffer(buffer, require_writable=True)
+        self._views.append(view)
+        return ffi.cast("uint8_t *", view)
+
+    def release(self) -> None:
+        ffi.release(self.raw)
+        for view in self._views:
+            ffi.release(view)
+
+    def add_block(self, index: int, mapping, fd: int) -> None:
+        """Registers this process's mapping of a block."""
+        rc = lib.sp_worker_add_block(self.raw, index, self._view(mapping), fd)
+        if rc < 0:
+            raise system_error(-rc, f"register block {index} with the worker's userfaultfd")
+
+    def place_loop(self) -> None:
+        """Runs until stop(); ShardError when a page cannot be placed."""
+        if lib.sp_worker_place(self.raw) == lib.SP_SYS:
+            raise self._failure(self.raw.err)
+
+    def _failure(self, errno: int) -> ShardError:
+        return ShardError(
+            f"shard {self.index} could not place page {self.raw.err_bit}: {os.strerror(errno)}"
+        )
+
+    def stop(self) -> None:
+        lib.sp_worker_stop(self.raw)
+
+    def fault_loop(self, guest: int) -> None:
+        """Runs until the guest is stopped; AttachError when its userfaultfd makes no sense."""
+        errno, address = ffi.new("int *"), ffi.new("uint64_t *")
+        if lib.sp_worker_faults(self.raw, guest, errno, address) == lib.SP_SYS:
+            raise AttachError(
+                f"shard {self.index}: fault of guest {guest} at address {address[0]:#x}: "
+                f"{os.strerror(errno[0])}"
+            )
+
+    def add_guest(self, guest: int, uffd: int, addresses: Sequence[int], mode: int) -> None:
+        """Makes a guest known: `addresses` is where it mapped each block (0: not mapped).
+        AttachError if the userfaultfd cannot be registered there."""
+        bad = ffi.new("uint32_t *")
+        rc = lib.sp_worker_add_guest(self.raw, guest, uffd, list(addresses), mode, bad)
+        if rc < 0:
+            raise AttachError(
+                f"block {bad[0]} at address {addresses[bad[0]]:#x} cannot be registered with the "
+                f"guest's userfaultfd of shard {self.index}: {os.strerror(-rc)}"
+            )
+
+    def stop_guest(self, guest: int) -> None:
+        """Asks the fault loop to end; a signal must interrupt its read."""
+        lib.sp_worker_stop_guest(self.raw, guest)
+
+    def drop_guest(self, guest: int, *, release: bool) -> None:
+        """Forgets a guest whose fault loop has ended; `release` unregisters its memory first."""
+        lib.sp_worker_drop_guest(self.raw, guest, release)
+
+    def wake_all(self) -> None:
+        lib.sp_worker_wake_all(self.raw)
+
+    def place(self, block: int, page: int, pages: int, source) -> None:
+        """Places pages at once, atomically (for callers without a placement loop)."""
+        view = ffi.from_buffer(source)
+        rc = lib.sp_place_pages(self.raw, block, page, pages, ffi.cast("uint8_t *", view))
+        self._check(rc)
+
+    def place_zero(self, block: int, page: int, pages: int) -> None:
+        self._check(lib.sp_place_zero(self.raw, block, page, pages))
+
+    def discard(self, block: int, page: int, pages: int) -> None:
+        self._check(lib.sp_discard_pages(self.raw, block, page, pages))
+
+    def _check(self, rc: int) -> None:
+        if rc < 0:
+            raise self._failure(-rc)

@@ -1,0 +1,17 @@
+/* Everything the Python binding sees. */
+#ifndef SHARDED_PC_H
+#define SHARDED_PC_H
+
+#include "bitmap.h"
+#include "control.h"
+#include "oracle.h"
+#include "ram.h"
+#include "return_path.h"
+#include "ring.h"
+#include "status.h"
+#include "stream.h"
+#include "uffd.h"
+#include "view.h"
+#include "worker.h"
+
+#endif

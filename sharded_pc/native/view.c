@@ -1,0 +1,163 @@
+#include "view.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LOOK(field) atomic_load_explicit(&(field), memory_order_relaxed)
+#define COPY(from, name) v->name = LOOK((from)->name)
+
+void sp_view_control(sp_control *c, sp_control_view *v)
+{
+    v->bytes = c->bytes;
+    v->n_shards = c->n_shards;
+    v->owner = c->owner;
+    v->postcopy_state = atomic_load(&c->postcopy_state);
+    COPY(c, status);
+    COPY(c, n_guests);
+    v->n_blocks = atomic_load(&c->n_blocks);
+    v->n_bits = v->n_blocks ? c->n_bits : 0;
+    v->stripe_pages = v->n_blocks ? c->stripe_pages : 0;
+}
+
+void sp_view_totals(sp_control *c, sp_totals_view *v)
+{
+    sp_totals *t = &c->totals;
+    COPY(t, transferred);
+    COPY(t, normal);
+    COPY(t, duplicate);
+    COPY(t, requests_sent);
+    COPY(t, discarded);
+    COPY(t, spills);
+    COPY(t, started_ns);
+    COPY(t, setup_ns);
+    COPY(t, stopped_ns);
+    COPY(t, running_ns);
+    COPY(t, ended_ns);
+}
+
+int sp_view_shard(sp_control *c, uint32_t index, sp_shard_view *v)
+{
+    if (index >= c->n_shards)
+        return -ENOENT;
+    sp_shard *s = &c->shards[index];
+    sp_counters *n = &s->counters;
+    COPY(n, pages);
+    COPY(n, zero_pages);
+    COPY(n, second_pages);
+    COPY(n, copies);
+    COPY(n, urgent);
+    COPY(n, wakes);
+    COPY(n, discarded);
+    COPY(n, faults);
+    COPY(n, requests);
+    COPY(n, late_faults);
+    COPY(n, latency_ns);
+    for (unsigned i = 0; i < SP_LATENCY_BUCKETS; i++)
+        v->latency[i] = LOOK(n->latency[i]);
+    uint64_t tail = LOOK(s->background.tail);
+    v->queued = LOOK(s->background.head) - tail;
+    COPY(s, discards_sent);
+    COPY(s, discards_done);
+    COPY(s, failed);
+    COPY(s, pid);
+    COPY(s, restarts);
+    return 0;
+}
+
+int sp_view_block(sp_control *c, uint32_t index, sp_block_view *v)
+{
+    if (index >= atomic_load(&c->n_blocks))
+        return -ENOENT;
+    const sp_block *b = &c->blocks[index];
+    memcpy(v->name, b->name, sizeof v->name);
+    v->bytes = b->bytes;
+    v->first_bit = b->first_bit;
+    v->first_stripe = b->first_stripe;
+    return 0;
+}
+
+void sp_note_time(sp_control *c, int what)
+{
+    sp_totals *t = &c->totals;
+    uint64_t now = sp_now_ns();
+    switch (what) {
+    case SP_AT_SETUP: atomic_store(&t->setup_ns, now); break;
+    case SP_AT_STOPPED: atomic_store(&t->stopped_ns, now); break;
+    case SP_AT_RUNNING: atomic_store(&t->running_ns, now); break;
+    default: atomic_store(&t->ended_ns, now); break;
+    }
+}
+
+void sp_note_shard(sp_control *c, uint32_t index, uint32_t pid)
+{
+    atomic_store(&c->shards[index].pid, pid);
+}
+
+void sp_note_guests(sp_control *c, uint32_t n)
+{
+    atomic_store(&c->n_guests, n);
+}
+
+void sp_add_transferred(sp_control *c, uint64_t total)
+{
+    atomic_store_explicit(&c->totals.transferred, total, memory_order_relaxed);
+}
+
+int sp_bits_test_at(const sp_word *map, uint64_t bit)
+{
+    return sp_bit_test(map, bit);
+}
+
+int sp_bits_claim_at(sp_word *map, uint64_t bit)
+{
+    return sp_bit_claim(map, bit);
+}
+
+void sp_bits_set_at(sp_word *map, uint64_t first, uint64_t n)
+{
+    sp_bits_set(map, first, n);
+}
+
+uint64_t sp_bits_clear_at(sp_word *map, uint64_t first, uint64_t n)
+{
+    return sp_bits_clear(map, first, n);
+}
+
+uint64_t sp_bits_count_at(const sp_word *map, uint64_t first, uint64_t n)
+{
+    return sp_bits_count(map, first, n);
+}
+
+uint64_t sp_bits_run_at(const sp_word *map, uint64_t first, uint64_t n)
+{
+    return sp_bits_run(map, first, n);
+}
+
+sp_ring *sp_ring_new(void)
+{
+    sp_ring *ring = aligned_alloc(64, sizeof *ring);
+    if (ring)
+        memset(ring, 0, sizeof *ring);
+    return ring;
+}
+
+void sp_ring_free(sp_ring *ring)
+{
+    free(ring);
+}
+
+int sp_ring_push_one(sp_ring *ring, const sp_desc *desc)
+{
+    return sp_ring_push(ring, desc);
+}
+
+int sp_ring_take_one(sp_ring *ring, sp_desc *desc)
+{
+    const sp_desc *oldest = sp_ring_peek(ring);
+    if (!oldest)
+        return 0;
+    *desc = *oldest;
+    sp_ring_pop(ring);
+    return 1;
+}

@@ -1,0 +1,86 @@
+/* One shard's worker: places pages, answers faults.
+ *
+ * Threads of a worker process: one placement loop (sp_worker_place) and one fault loop per attached
+ * guest (sp_worker_faults), none holding the GIL, plus Python's main thread, which adds and drops
+ * guests.  The placement loop is the only writer of `received` for the shard's pages.
+ */
+#ifndef SP_WORKER_H
+#define SP_WORKER_H
+
+#include "control.h"
+#include "status.h"
+
+enum { SP_GUEST_FREE = 0, SP_GUEST_ACTIVE = 1, SP_GUEST_LEAVING = 2 };
+
+typedef struct sp_guest {
+    _Atomic uint32_t state; /* FREE to ACTIVE, ACTIVE to LEAVING: main thread; LEAVING to FREE: placement */
+    _Atomic uint32_t stop;  /* of its fault loop; writer: main thread */
+    int uffd;
+    uint64_t base[SP_MAX_BLOCKS]; /* where the guest mapped each block, 0: not mapped */
+} sp_guest;
+
+/* When a guest's fault on a page was read.  One entry per hash: a collision loses a sample of the
+ * latency statistics, never a fault.  Writer: fault loop (ns, then page), placement clears page. */
+#define SP_WAITERS 1024u
+typedef struct sp_waiter {
+    _Atomic uint64_t bit; /* bitmap index + 1, 0: free */
+    _Atomic uint64_t ns;
+} sp_waiter;
+
+typedef struct sp_worker {
+    sp_control *control;
+    sp_shard *shard;
+    uint32_t index;
+    uint8_t *pool; /* this shard's tmp pages */
+    sp_word *received, *requested;
+    int uffd;      /* this process's own, on its own mapping of every block */
+    uint8_t *base[SP_MAX_BLOCKS];
+    int fd[SP_MAX_BLOCKS];
+    _Atomic uint32_t stop;
+    _Atomic uint32_t placing; /* a placement loop runs; writer: placement */
+    int err;               /* errno of a failed placement */
+    uint64_t err_bit;      /* where */
+    sp_guest guests[SP_MAX_GUESTS];
+    sp_waiter waiters[SP_WAITERS];
+} sp_worker;
+
+/* `uffd`: blocking, from sp_uffd_open.  The worker owns no mapping; Python unmaps. */
+sp_worker *sp_worker_new(sp_control *c, uint32_t index, uint8_t *pool, sp_word *received,
+                         sp_word *requested, int uffd);
+void sp_worker_free(sp_worker *w);
+/* Registers this process's mapping of a block (MISSING).  0 or -errno. */
+int sp_worker_add_block(sp_worker *w, uint32_t block, uint8_t *base, int fd);
+
+/* Runs until stopped or broken: SP_STOPPED, SP_SYS (err, err_bit). */
+sp_status sp_worker_place(sp_worker *w);
+/* Runs until the guest or the worker is stopped: SP_STOPPED, SP_SYS (guest broken), SP_EOF. */
+sp_status sp_worker_faults(sp_worker *w, uint32_t guest, int *err, uint64_t *err_addr);
+void sp_worker_stop(sp_worker *w);
+
+/* Registers this shard's stripes of the guest's mappings with its userfaultfd (which proves that
+ * they are mapped where the guest says) and makes the guest known.  0 or -errno, *bad = block. */
+int sp_worker_add_guest(sp_worker *w, uint32_t guest, int uffd, const uint64_t *base,
+                        uint64_t mode, uint32_t *bad);
+/* Asks the guest's fault loop to end; the caller interrupts its read by a signal and joins. */
+void sp_worker_stop_guest(sp_worker *w, uint32_t guest);
+/* After the fault loop ended: forgets the guest; unregisters its stripes first if `release`
+ * (every page is here: its waiters run on plain shared memory). */
+void sp_worker_drop_guest(sp_worker *w, uint32_t guest, int release);
+/* Wakes everything that waits on this shard's stripes of every guest. */
+void sp_worker_wake_all(sp_worker *w);
+
+/* place.c, also called directly by postcopy_ram.py: 0 or -errno. */
+int sp_place_pages(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages, const uint8_t *src);
+int sp_place_zero(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages);
+int sp_discard_pages(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages);
+/* Makes sure that a received page which is a hole (zeros) exists, so that a woken guest maps it. */
+int sp_fill_hole(sp_worker *w, uint32_t block, uint64_t page);
+/* Wakes waiters on pages of a block in one guest or (guest < 0) in all. */
+void sp_wake_guests(sp_worker *w, int guest, uint32_t block, uint64_t page, uint64_t pages);
+
+/* Latency samples. */
+void sp_waiter_note(sp_worker *w, uint64_t bit, uint64_t ns);
+void sp_waiter_end(sp_worker *w, uint64_t bit, uint64_t now_ns);
+void sp_latency_add(sp_worker *w, uint64_t ns);
+
+#endif

@@ -1,0 +1,162 @@
+"""Records of a `ram` section (QEMU migration/ram.c): the reference, and the texts of its errors.
+
+A record is be64 (offset | flags), then, unless CONTINUE, the block's name (u8 length, bytes), then
+what the kind asks for: 4096 bytes for PAGE, one fill byte for ZERO.  CONTINUE means the last block
+named on this channel, across sections.  native/ram.c does the same at speed; the error functions
+below make the text for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sharded_pc.errors import RemoteProtocolError
+from sharded_pc.geometry import PAGE_BYTES, RamBlock
+from sharded_pc.wire import constants as c
+from sharded_pc.wire import events
+from sharded_pc.wire.constants import RamFlag
+from sharded_pc.wire.steps import TELL, Parser, counted_text, number, text
+
+OFFSET_MASK = ~0xFFF
+
+
+def unsupported(header: int) -> RemoteProtocolError:
+    kind = RamFlag(header & 0xFFF & ~RamFlag.CONTINUE)
+    return RemoteProtocolError(f"the source sends {c.UNSUPPORTED_RECORDS[kind]}")
+
+
+def bad_flags(header: int) -> RemoteProtocolError:
+    return RemoteProtocolError(f"RAM record with unknown flags {header & 0xFFF:#x}")
+
+
+def no_block(header: int) -> RemoteProtocolError:
+    return RemoteProtocolError(f"RAM record {header:#x} continues a block, but none was named yet")
+
+
+def empty_name(header: int) -> RemoteProtocolError:
+    return RemoteProtocolError(f"RAM record {header:#x} with an empty block name")
+
+
+def unknown_block(name: str) -> RemoteProtocolError:
+    return RemoteProtocolError(f"RAM record for unknown block {name!r}")
+
+
+def outside_block(header: int, block: RamBlock) -> RemoteProtocolError:
+    return RemoteProtocolError(
+        f"RAM record for offset {header & OFFSET_MASK:#x} outside block {block.name!r} "
+        f"of {block.size:#x} bytes"
+    )
+
+
+def bad_fill(fill: int, header: int) -> RemoteProtocolError:
+    return RemoteProtocolError(
+        f"zero page at offset {header & OFFSET_MASK:#x} with fill byte {fill:#x}, expected 0"
+    )
+
+
+def _refuse(header: int) -> RemoteProtocolError:
+    flags = RamFlag(header & 0xFFF & ~RamFlag.CONTINUE)
+    continues = header & RamFlag.CONTINUE
+    # Only page-like records may continue a block.
+    pagelike = flags in (RamFlag.XBZRLE, RamFlag.COMPRESS_PAGE)
+    if flags in c.UNSUPPORTED_RECORDS and (pagelike or not continues):
+        return unsupported(header)
+    return bad_flags(header)
+
+
+class Channel:
+    """One channel's RAM records.  `blocks` may grow while it reads (the setup section fills it)."""
+
+    def __init__(self, blocks: Mapping[str, RamBlock]) -> None:
+        self._blocks = blocks
+        self._block: RamBlock | None = None
+
+    def records(self) -> Parser:
+        """The events of one section's records, through EOS."""
+        while True:
+            at = yield TELL
+            header = yield from number(8)
+            try:
+                done = yield from self._record(header)
+            except RemoteProtocolError as error:
+                error.offset = at if error.offset is None else error.offset
+                raise
+            if done:
+                return
+
+    def _record(self, header: int) -> Parser:
+        match RamFlag(header & 0xFFF):
+            case RamFlag.EOS:
+                return True
+            case RamFlag.MEM_SIZE:
+                blocks = yield from block_list(header & OFFSET_MASK)
+                yield events.RamBlocks(blocks)
+            case flags if flags & ~RamFlag.CONTINUE in (RamFlag.PAGE, RamFlag.ZERO):
+                yield from self._page(header)
+            case _:
+                raise _refuse(header)
+        return False
+
+    def _page(self, header: int) -> Parser:
+        block = yield from self._locate(header)
+        offset = header & OFFSET_MASK
+        if offset >= block.size:
+            raise outside_block(header, block)
+        if header & RamFlag.ZERO:
+            fill = yield from number(1)
+            if fill:
+                raise bad_fill(fill, header)
+            self._block = block
+            yield events.RamZeroPage(block.name, offset)
+        else:
+            self._block = block
+            yield events.RamPage(block.name, offset, (yield PAGE_BYTES))
+
+    def _locate(self, header: int) -> Parser:
+        if header & RamFlag.CONTINUE:
+            if self._block is None:
+                raise no_block(header)
+            return self._block
+        size = yield from number(1)
+        if size == 0:
+            raise empty_name(header)
+        name = text((yield size))
+        if name not in self._blocks:
+            raise unknown_block(name)
+        return self._blocks[name]
+
+
+def _one_block() -> Parser:
+    name = yield from counted_text("RAM block list entry")
+    size = yield from number(8)
+    if size == 0 or size % PAGE_BYTES:
+        raise RemoteProtocolError(
+            f"block {name!r} of {size:#x} bytes is not a whole number of {PAGE_BYTES}-byte pages"
+        )
+    return RamBlock(name, size)
+
+
+def block_list(total: int) -> Parser:
+    """The blocks behind a MEM_SIZE record whose sizes sum to `total` bytes.
+
+    A block with pages larger than the host's would be followed by its page size; that is found out
+    earlier, from the summary in POSTCOPY_ADVISE.
+    """
+    if not 0 < total <= c.MAX_RAM_BYTES:
+        raise RemoteProtocolError(f"RAM of {total:#x} bytes, expected 1..{c.MAX_RAM_BYTES:#x}")
+    blocks: dict[str, RamBlock] = {}
+    left = total
+    while left > 0:
+        block = yield from _one_block()
+        if block.name in blocks:
+            raise RemoteProtocolError(f"block {block.name!r} stands twice in the block list")
+        if len(blocks) == c.MAX_BLOCKS:
+            raise RemoteProtocolError(f"more than {c.MAX_BLOCKS} RAM blocks")
+        if block.size > left:
+            raise RemoteProtocolError(
+                f"block {block.name!r} of {block.size:#x} bytes exceeds the {left:#x} bytes "
+                f"that the block list has left"
+            )
+        blocks[block.name] = block
+        left -= block.size
+    return tuple(blocks.values())

@@ -1,0 +1,243 @@
+"""The stream as a whole (QEMU migration/savevm.c): header, configuration, sections, commands.
+
+The stream is not self-delimiting: a device's section (FULL) carries no length.  What can be read is
+`ram` sections, commands, a package as bytes, and, when a migration completes in precopy, the device
+state as everything up to a VMDESCRIPTION that is valid JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from sharded_pc.errors import RemoteProtocolError
+from sharded_pc.wire import constants as c
+from sharded_pc.wire import events, package
+from sharded_pc.wire.commands import command
+from sharded_pc.wire.constants import Section
+from sharded_pc.wire.steps import TELL, Parser, Some, counted_text, number, text
+
+_KINDS = {Section.START: "setup", Section.PART: "part", Section.END: "end"}
+_REFUSED_CAPABILITIES = {
+    "x-ignore-shared": "its shared blocks would not be sent",
+    "mapped-ram": "its pages are not in the stream",
+}
+
+
+class StreamReader:
+    """Parses one stream.  `records` gives the parser of a ram section's records through EOS."""
+
+    def __init__(self, records: Callable[[], Parser]) -> None:
+        self._records = records
+        self._ram_id: int | None = None
+        self._ram_over = False
+
+    def events(self) -> Parser:
+        """All events of the stream; returns after EOF (and VMDESCRIPTION, if one follows)."""
+        yield from self._header()
+        while True:
+            at = yield TELL
+            try:
+                done = yield from self._section()
+            except RemoteProtocolError as error:
+                error.offset = at if error.offset is None else error.offset
+                raise
+            if done:
+                return
+
+    def _header(self) -> Parser:
+        magic = yield from number(4)
+        if magic != c.FILE_MAGIC:
+            raise RemoteProtocolError(
+                f"not a migration stream: magic {magic:#010x}, expected {c.FILE_MAGIC:#010x}",
+                offset=0,
+            )
+        version = yield from number(4)
+        if version != c.FILE_VERSION:
+            raise RemoteProtocolError(
+                f"stream version {version}, expected {c.FILE_VERSION}", offset=4
+            )
+
+    def _section(self) -> Parser:
+        kind = yield from number(1)
+        match kind:
+            case Section.CONFIGURATION:
+                yield (yield from _configuration())
+            case Section.SUBSECTION:
+                yield from self._configured()
+            case Section.COMMAND:
+                yield from self._command()
+            case Section.START:
+                yield from self._start()
+            case Section.PART | Section.END:
+                yield from self._more(Section(kind))
+            case Section.FULL:
+                return (yield from self._devices(kind))
+            case Section.EOF:
+                yield events.Eof()
+                return True
+            case _:
+                raise RemoteProtocolError(f"unknown section type {kind:#04x}")
+        return False
+
+    def _configured(self) -> Parser:
+        name = yield from counted_text("subsection")
+        yield from number(4)  # its version
+        if name == "configuration/target-page-bits":
+            bits = yield from number(4)
+            if bits != c.TARGET_PAGE_BITS:
+                raise RemoteProtocolError(
+                    f"target pages of 2^{bits} bytes, expected 2^{c.TARGET_PAGE_BITS}"
+                )
+        elif name == "configuration/capabilities":
+            yield from _capabilities()
+        elif name == "configuration/uuid":
+            yield 16
+        else:
+            raise RemoteProtocolError(f"unknown subsection {name!r}")
+
+    def _command(self) -> Parser:
+        event = yield from command()
+        if isinstance(event, events.PostcopyListen | events.PostcopyRun):
+            raise RemoteProtocolError(f"{type(event).__name__} outside a package")
+        yield event
+        if isinstance(event, events.Packaged):
+            for inner in package.parse((yield from _package(event.length))):
+                yield inner
+
+    def _start(self) -> Parser:
+        section = yield from number(4)
+        name = yield from counted_text("section")
+        instance = yield from number(4)
+        version = yield from number(4)
+        if name != "ram":
+            raise RemoteProtocolError(
+                f"section of device {name!r} (instance {instance}) cannot be skipped: its length "
+                f"is not in the stream; start the source without that device"
+            )
+        if version != c.RAM_SECTION_VERSION or self._ram_id is not None:
+            why = "a second time" if self._ram_id is not None else f"with version {version}"
+            raise RemoteProtocolError(
+                f"section 'ram' {why}, expected one of version {c.RAM_SECTION_VERSION}"
+            )
+        self._ram_id = section
+        yield from self._ram_section(Section.START)
+
+    def _more(self, kind: Section) -> Parser:
+        section = yield from number(4)
+        if section != self._ram_id:
+            raise RemoteProtocolError(
+                f"{kind.name} of unknown section {section} (only 'ram' sections can be read)"
+            )
+        if self._ram_over:
+            raise RemoteProtocolError(f"{kind.name} of section 'ram' after its END")
+        yield from self._ram_section(kind)
+        self._ram_over = kind is Section.END
+
+    def _ram_section(self, kind: Section) -> Parser:
+        yield events.RamSection(_KINDS[kind])
+        yield from self._records()
+        mark = yield from number(1)
+        if mark != Section.FOOTER:
+            raise RemoteProtocolError(f"section 'ram' ends with {mark:#04x}, expected a footer")
+        section = yield from number(4)
+        if section != self._ram_id:
+            raise RemoteProtocolError(f"footer of section {section}, expected {self._ram_id}")
+        yield events.RamSectionEnd(_KINDS[kind])
+
+    def _devices(self, kind: int) -> Parser:
+        if not self._ram_over:
+            section = yield from number(4)
+            name = yield from counted_text("section")
+            raise RemoteProtocolError(
+                f"state of device {name!r} (section {section}) before the end of RAM cannot be "
+                f"skipped: its length is not in the stream; start the source without that device"
+            )
+        devices, description = yield from _until_description(bytes([kind]))
+        yield events.Devices(devices)
+        yield events.Eof()
+        if description is not None:
+            yield events.VmDescription(description)
+        return True
+
+
+def _configuration() -> Parser:
+    size = yield from number(4)
+    if not 0 < size <= c.MAX_NAME_BYTES:
+        raise RemoteProtocolError(f"machine name of {size} bytes, expected 1..{c.MAX_NAME_BYTES}")
+    return events.Configuration(text((yield size)))
+
+
+def _capabilities() -> Parser:
+    count = yield from number(4)
+    if count > c.MAX_CAPABILITIES:
+        raise RemoteProtocolError(f"{count} capabilities, expected at most {c.MAX_CAPABILITIES}")
+    for _ in range(count):
+        name = yield from counted_text("capability")
+        why = _REFUSED_CAPABILITIES.get(name)
+        if why:
+            raise RemoteProtocolError(f"the source uses capability {name!r}: {why}; turn it off")
+
+
+def _package(length: int) -> Parser:
+    if length > c.MAX_PACKAGE_BYTES:
+        raise RemoteProtocolError(
+            f"package of {length} bytes, expected at most {c.MAX_PACKAGE_BYTES}"
+        )
+    blob = bytearray()
+    while len(blob) < length:
+        blob += yield Some(length - len(blob))
+    return bytes(blob)
+
+
+def _description_at(tail: bytearray, start: int) -> tuple[int, int] | None:
+    """Where a complete EOF + VMDESCRIPTION stands at or behind `start`: (EOF's place, JSON's)."""
+    at = start
+    while (at := tail.find(b"\x00\x06", at)) >= 0:
+        size = int.from_bytes(tail[at + 2 : at + 6], "big")
+        if len(tail) - at - 6 == size > 0 and tail[at + 6] == 0x7B and _is_json(tail[at + 6 :]):
+            return at, at + 6
+        at += 1
+    return None
+
+
+def _is_json(raw: bytearray) -> bool:
+    try:
+        return isinstance(json.loads(raw.rstrip(b"\0")), dict)
+    except ValueError:
+        return False
+
+
+def _until_description(tail: bytes) -> Parser:
+    """Everything up to EOF and VMDESCRIPTION; without one, up to the end of the stream if the last
+    byte is EOF.  Only the last description in the bytes can be the stream's, so a search starts
+    where the one before found a candidate whose JSON is not complete."""
+    seen = bytearray(tail)
+    start = 0
+    while True:
+        more = yield Some(1 << 20)
+        if not more:
+            if seen.endswith(b"\x00"):
+                return bytes(seen[:-1]), None
+            raise RemoteProtocolError("the stream ended inside device state")
+        seen += more
+        if len(seen) > c.MAX_DEVICES_BYTES:
+            raise RemoteProtocolError(
+                f"more than {c.MAX_DEVICES_BYTES} bytes of device state after RAM"
+            )
+        found = _description_at(seen, start)
+        if found is not None:
+            end, body = found
+            return bytes(seen[:end]), bytes(seen[body:])
+        start = _oldest_candidate(seen, start)
+
+
+def _oldest_candidate(seen: bytearray, start: int) -> int:
+    """The first place from `start` on where an incomplete description may begin."""
+    at = start
+    while (at := seen.find(b"\x00\x06", at)) >= 0:
+        size = int.from_bytes(seen[at + 2 : at + 6], "big")
+        if len(seen) < at + 7 or (len(seen) - at - 6 < size and seen[at + 6] == 0x7B):
+            return at
+        at += 1
+    return max(len(seen) - 6, 0)

@@ -1,0 +1,77 @@
+"""Messages of the return path: be16 type, be16 length, payload (QEMU migration/migration.h)."""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+
+from sharded_pc.errors import RemoteProtocolError
+from sharded_pc.wire.constants import Rp
+from sharded_pc.wire.steps import Parser, number, text
+
+LARGEST = 512
+"""A QEMU source closes its return path on anything longer."""
+
+
+def message(kind: Rp, payload: bytes) -> bytes:
+    return struct.pack(">HH", kind, len(payload)) + payload
+
+
+def shut(value: int = 0) -> bytes:
+    """0: all is well; anything else makes the source fail."""
+    return message(Rp.SHUT, struct.pack(">I", value))
+
+
+def pong(value: int) -> bytes:
+    return message(Rp.PONG, struct.pack(">I", value))
+
+
+def req_pages(start: int, length: int, block: str | None = None) -> bytes:
+    """A request for `length` bytes from `start` on; without a block, of the one named last."""
+    where = struct.pack(">QI", start, length)
+    if block is None:
+        return message(Rp.REQ_PAGES, where)
+    name = block.encode("utf-8", "surrogateescape")
+    return message(Rp.REQ_PAGES_ID, where + bytes([len(name)]) + name)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shut:
+    value: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pong:
+    value: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReqPages:
+    block: str
+    start: int
+    length: int
+
+
+def messages() -> Parser:
+    """Parser of a return path as a source sees it: Shut, Pong, ReqPages for ever."""
+    block: str | None = None
+    while True:
+        kind = yield from number(2)
+        size = yield from number(2)
+        if size > LARGEST:
+            raise RemoteProtocolError(f"return path message {kind} of {size} bytes")
+        payload = bytes((yield size)) if size else b""
+        match kind:
+            case Rp.SHUT:
+                yield Shut(int.from_bytes(payload, "big"))
+            case Rp.PONG:
+                yield Pong(int.from_bytes(payload, "big"))
+            case Rp.REQ_PAGES_ID | Rp.REQ_PAGES:
+                start, length = struct.unpack(">QI", payload[:12])
+                if kind == Rp.REQ_PAGES_ID:
+                    block = text(payload[13 : 13 + payload[12]])
+                if block is None:
+                    raise RemoteProtocolError("REQ_PAGES before any REQ_PAGES_ID")
+                yield ReqPages(block, start, length)
+            case _:
+                raise RemoteProtocolError(f"return path message of unknown type {kind}")
