@@ -1,1 +1,60 @@
-def main(): pass
+"""The command line: one small class for each command, heavy imports only when a command runs.
+
+A command has `name`, `help`, `add_arguments(parser)` and `run(args) -> exit code`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from sharded_pc.errors import ExitCode, ShardedPcError
+
+COMMANDS = {
+    "check": "sharded_pc.cli.check:Check",
+    "receive": "sharded_pc.cli.receive:Receive",
+    "status": "sharded_pc.cli.status:Status",
+    "demo": "sharded_pc.cli.demo:Demo",
+    "clean": "sharded_pc.cli.clean:Clean",
+}
+"""Command words and the classes behind them."""
+
+
+def _load(path: str):
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sharded-pc",
+        description="Receive a QEMU guest by postcopy migration into RAM shared by several processes.",
+        epilog="Exit codes: 0 completed, 1 failed, 2 usage, 3 the host cannot, 4 the source broke the "
+        "protocol, 5 connection lost, 6 guest lost, 130/143 ended by SIGINT/SIGTERM.",
+    )
+    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+    words = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for word, path in COMMANDS.items():
+        command = _load(path)
+        sub = words.add_parser(word, help=command.help, description=command.help)
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=args.log_level.upper(), format="sharded-pc: %(levelname)s: %(message)s", stream=sys.stderr
+    )
+    try:
+        return args.run(args)
+    except ShardedPcError as error:
+        print(f"sharded-pc: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except BrokenPipeError:
+        return int(ExitCode.FAILED)

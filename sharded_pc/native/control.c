@@ -17,7 +17,6 @@ void sp_control_init(sp_control *c, uint32_t n_shards, uint32_t owner)
     c->bytes = sp_control_bytes(n_shards);
     c->n_shards = n_shards;
     c->owner = owner;
-    c->totals.started_ns = sp_now_ns();
     c->magic = SP_CONTROL_MAGIC;
 }
 

@@ -147,6 +147,9 @@ class Control:
     def shards(self) -> list[ShardCounters]:
         return [self.shard(i) for i in range(self.view.n_shards)]
 
+    def note_started(self) -> None:
+        lib.sp_note_time(self.raw, lib.SP_AT_START)
+
     def note_setup(self) -> None:
         lib.sp_note_time(self.raw, lib.SP_AT_SETUP)
 

@@ -97,6 +97,7 @@ static sp_status locate(sp_ram *r, size_t *taken, uint32_t *block)
             return st;
     }
     const sp_block *b = &r->control->blocks[*block];
+    r->bad_block = *block;
     return offset >= b->bytes ? SP_OUTSIDE_BLOCK : SP_OK;
 }
 

@@ -55,6 +55,7 @@ typedef struct sp_ram {
     uint64_t header;   /* the record's be64 */
     uint64_t at;       /* stream offset of the record */
     uint32_t fill;
+    uint32_t bad_block; /* of SP_OUTSIDE_BLOCK */
     uint32_t shard;    /* of SP_SHARD_FAILED */
     char name[256];    /* of SP_UNKNOWN_BLOCK */
     uint64_t mem_size; /* of SP_MEM_SIZE, bytes */

@@ -178,9 +178,9 @@ class Ram:
         return self.raw.fill
 
     @property
-    def block(self) -> int:
-        """Index of the block named last."""
-        return self.raw.block
+    def bad_block(self) -> int:
+        """Index of the block that a record left."""
+        return self.raw.bad_block
 
     @property
     def unknown_name(self) -> str:

@@ -82,6 +82,7 @@ void sp_note_time(sp_control *c, int what)
     sp_totals *t = &c->totals;
     uint64_t now = sp_now_ns();
     switch (what) {
+    case SP_AT_START: atomic_store(&t->started_ns, now); break;
     case SP_AT_SETUP: atomic_store(&t->setup_ns, now); break;
     case SP_AT_STOPPED: atomic_store(&t->stopped_ns, now); break;
     case SP_AT_RUNNING: atomic_store(&t->running_ns, now); break;

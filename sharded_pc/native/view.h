@@ -29,7 +29,7 @@ typedef struct sp_block_view {
     uint64_t bytes, first_bit, first_stripe;
 } sp_block_view;
 
-enum { SP_AT_SETUP = 1, SP_AT_STOPPED = 2, SP_AT_RUNNING = 3, SP_AT_ENDED = 4 };
+enum { SP_AT_START = 0, SP_AT_SETUP = 1, SP_AT_STOPPED = 2, SP_AT_RUNNING = 3, SP_AT_ENDED = 4 };
 
 void sp_view_control(sp_control *c, sp_control_view *v);
 void sp_view_totals(sp_control *c, sp_totals_view *v);

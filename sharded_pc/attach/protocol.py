@@ -1,0 +1,148 @@
+"""The attach protocol: JSON values on a Unix stream socket, descriptors as SCM_RIGHTS.
+
+====  =======================================================  ===========================
+who   says                                                     with
+====  =======================================================  ===========================
+C     {"attach": {"version": 1, "modes": ["missing"]}}
+R     {"geometry": {"version", "name", "mode", "stripe-size",  one memory descriptor for
+      "shards", "blocks": [{"name", "size", "page-size",       each block, in order
+      "first-stripe"}]}}
+C     {"mappings": {"addresses": {NAME: ADDRESS}}}             one userfaultfd for each
+                                                               shard, in order
+R     {"attached": {"guest": N}}
+R     {"event": "READY"}                                       memory may be touched
+R     {"event": "COMPLETED"}                                   all is here, nothing registered
+====  =======================================================  ===========================
+
+The geometry comes once the source has sent its block list; READY once faults are answered (or the
+migration has completed).  Stripe s of a block, counted from its "first-stripe", belongs to shard
+``s % shards``; the client registers each shard's stripes with that shard's userfaultfd in "mode"
+and keeps its own copy of each: if all copies of a userfaultfd closed, the kernel would wake waiters
+and they would read zeros.  "mode" is null when everything has arrived: then there is nothing to
+register and the client answers with no descriptors.  Instead of any answer the receiver may say
+{"error": {"desc": TEXT}} and close.  {"event": "FAILED", "desc": TEXT} after READY means that
+missing pages will not come from this receiver: accesses to them wait.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sharded_pc.errors import AttachError
+from sharded_pc.geometry import Geometry, RamBlock
+
+VERSION = 1
+MODE_MISSING = "missing"
+MODES = {MODE_MISSING: 1}
+"""Mode words and their UFFDIO_REGISTER_MODE_* bits."""
+
+READY, COMPLETED, FAILED = "READY", "COMPLETED", "FAILED"
+
+
+def attach() -> dict:
+    return {"attach": {"version": VERSION, "modes": list(MODES)}}
+
+
+def geometry(name: str, ram: Geometry, mode: str | None) -> dict:
+    blocks, stripe = [], 0
+    for block in ram.blocks:
+        blocks.append(
+            {
+                "name": block.name,
+                "size": block.size,
+                "page-size": block.page_size,
+                "first-stripe": stripe,
+            }
+        )
+        stripe += -(-block.size // ram.stripe_bytes)
+    return {
+        "geometry": {
+            "version": VERSION,
+            "name": name,
+            "mode": mode,
+            "stripe-size": ram.stripe_bytes,
+            "shards": ram.shards,
+            "blocks": blocks,
+        }
+    }
+
+
+def mappings(addresses: dict[str, int]) -> dict:
+    return {"mappings": {"addresses": addresses}}
+
+
+def error(text: str) -> dict:
+    return {"error": {"desc": text}}
+
+
+def event(word: str, desc: str | None = None) -> dict:
+    return {"event": word} if desc is None else {"event": word, "desc": desc}
+
+
+def _body(message: object, key: str) -> dict:
+    """The object under `key`; AttachError says what came instead."""
+    body = message.get(key) if isinstance(message, dict) else None
+    if not isinstance(body, dict):
+        raise AttachError(f"expected {{{key!r}: {{...}}}}, got {str(message)[:80]}")
+    return body
+
+
+def check_attach(message: object) -> str:
+    """The mode to use with this client; AttachError."""
+    body = _body(message, "attach")
+    if body.get("version") != VERSION:
+        raise AttachError(f"attach version {body.get('version')!r}, expected {VERSION}")
+    modes = body.get("modes")
+    if not isinstance(modes, list) or MODE_MISSING not in modes:
+        raise AttachError(f"attach modes {modes!r}, expected a list with {MODE_MISSING!r}")
+    return MODE_MISSING
+
+
+def check_mappings(message: object, ram: Geometry) -> list[int]:
+    """Addresses in block order, 0 where a block is not mapped; AttachError."""
+    addresses = _body(message, "mappings").get("addresses")
+    if not isinstance(addresses, dict):
+        raise AttachError("mappings without addresses")
+    for name, address in addresses.items():
+        _check_address(name, address, ram)
+    _check_overlaps(addresses, ram)
+    return [addresses.get(block.name, 0) for block in ram.blocks]
+
+
+def _check_address(name: str, address: object, ram: Geometry) -> None:
+    try:
+        block = ram.block(name)
+    except KeyError:
+        raise AttachError(f"mapping of unknown block {name!r}") from None
+    good = isinstance(address, int) and not isinstance(address, bool)
+    if not good or address <= 0 or address % block.page_size or address + block.size >= 1 << 64:
+        raise AttachError(f"block {name!r} cannot be mapped at address {address!r}")
+
+
+def _check_overlaps(addresses: dict[str, int], ram: Geometry) -> None:
+    spans = sorted((address, address + ram.block(name).size) for name, address in addresses.items())
+    for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+        if start < end:
+            raise AttachError(f"two blocks are mapped at address {start:#x}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Offer:
+    """What a client is told of the RAM."""
+
+    name: str
+    ram: Geometry
+    mode: str | None
+
+
+def check_geometry(message: object) -> Offer:
+    """The receiver's offer; AttachError with its reason if it refused."""
+    if isinstance(message, dict) and "error" in message:
+        raise AttachError(f"the receiver refused: {_body(message, 'error').get('desc')}")
+    body = _body(message, "geometry")
+    if body.get("version") != VERSION:
+        raise AttachError(f"geometry version {body.get('version')!r}, expected {VERSION}")
+    blocks = tuple(RamBlock(b["name"], b["size"], b["page-size"]) for b in body["blocks"])
+    return Offer(
+        body["name"], Geometry(blocks, body["shards"], body["stripe-size"]), body["mode"]
+    )

@@ -1,0 +1,258 @@
+"""The attach socket: guests come, hand over their userfaultfds, and go."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+
+from sharded_pc.attach import protocol
+from sharded_pc.errors import AttachError, ShardError, ShardedPcError
+from sharded_pc.geometry import Geometry
+from sharded_pc.memory import GuestMemory
+from sharded_pc.native.control import MAX_GUESTS
+from sharded_pc.transport import fds
+from sharded_pc.transport.incoming import bind_unix
+
+log = logging.getLogger(__name__)
+
+STEP_SECONDS = 10.0
+"""A client that says nothing for so long in the middle of the hand-over is dropped."""
+
+
+class AttachServer:
+    """Serves one receiver's attach socket.
+
+    `add(slot, addresses, mode, uffds)` and `drop(slot, release)` tell the workers; both are
+    serialised here for each guest.  The coordinator says when things are known: geometry_known(),
+    ready(), completed(), failed().
+    """
+
+    def __init__(
+        self,
+        path: str,
+        memory: GuestMemory,
+        add: Callable[[int, list[int], int, list[int]], Awaitable[None]],
+        drop: Callable[[int, bool], Awaitable[None]],
+    ) -> None:
+        self.path = path
+        self._memory = memory
+        self._add = add
+        self._drop = drop
+        self._sock = bind_unix(path)
+        self._geometry = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._over = asyncio.Event()
+        self._last_word = protocol.event(protocol.COMPLETED)
+        self._guests: dict[int, socket.socket] = {}
+        self._free = list(range(MAX_GUESTS))
+        self._clients: set[asyncio.Task] = set()
+        self._accepting = asyncio.create_task(self._accept())
+
+    def geometry_known(self) -> None:
+        self._geometry.set()
+
+    def ready(self) -> None:
+        """Faults are answered from now on."""
+        self._ready.set()
+
+    async def completed(self) -> None:
+        """Every page is here: releases all guests and tells them."""
+        await self._end(protocol.event(protocol.COMPLETED), release=True)
+
+    async def failed(self, text: str) -> None:
+        """Missing pages will not come from this receiver."""
+        await self._end(protocol.event(protocol.FAILED, text), release=False)
+
+    async def _end(self, word: dict, *, release: bool) -> None:
+        if self._over.is_set():
+            return
+        self._last_word = word
+        self._over.set()
+        for slot in list(self._guests):
+            await self._forget(slot, release=release)
+        self._geometry.set()
+        self._ready.set()
+
+    def broken(self, slot: int, text: str) -> None:
+        """A worker cannot serve this guest."""
+        sock = self._guests.get(slot)
+        if sock is not None:
+            log.warning("guest %d dropped: %s", slot, text)
+            _tell(sock, protocol.error(text))
+            sock.shutdown(socket.SHUT_RDWR)
+
+    async def close(self) -> None:
+        """Removes the socket; clients see the end of the stream."""
+        self._accepting.cancel()
+        for task in self._clients:
+            task.cancel()
+        await asyncio.gather(self._accepting, *self._clients, return_exceptions=True)
+        self._sock.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            client, _ = await loop.sock_accept(self._sock)
+            client.setblocking(False)
+            task = asyncio.create_task(self._serve(client))
+            self._clients.add(task)
+            task.add_done_callback(self._clients.discard)
+
+    async def _serve(self, client: socket.socket) -> None:
+        inbox = fds.Inbox()
+        try:
+            await self._talk(client, inbox)
+        except ShardedPcError as error:
+            log.warning("attach refused: %s", error)
+            _tell(client, protocol.error(str(error)))
+        except (ConnectionError, TimeoutError) as error:
+            log.warning("attach given up: %s", error or "the client said nothing")
+        finally:
+            inbox.close()
+            client.close()
+
+    async def _talk(self, client: socket.socket, inbox: fds.Inbox) -> None:
+        mode = protocol.check_attach(await _message(client, inbox))
+        gone = asyncio.create_task(_end_of(client))
+        try:
+            if not await _first(self._geometry.wait(), gone):
+                return
+        finally:
+            await _cancel(gone)
+        ram = self._memory.geometry
+        if ram is None:
+            raise AttachError(self._last_word.get("desc") or "there is no RAM")
+        over = self._over.is_set()
+        offer = protocol.geometry(self._memory.name, ram, None if over else mode)
+        fds.send(client, offer, [block.fd for block in self._memory.blocks])
+        addresses = protocol.check_mappings(await _message(client, inbox), ram)
+        if over:
+            _tell(client, {"attached": {"guest": -1}})
+            _tell(client, self._last_word)
+            return
+        await self._serve_guest(client, inbox, ram, addresses, mode)
+
+    async def _serve_guest(
+        self,
+        client: socket.socket,
+        inbox: fds.Inbox,
+        ram: Geometry,
+        addresses: list[int],
+        mode: str,
+    ) -> None:
+        slot = await self._admit(client, inbox.take_fds(), ram, addresses, mode)
+        try:
+            await self._follow(client, slot)
+        finally:
+            # Shielded: the workers must forget this guest even if we are being closed.
+            await asyncio.shield(self._forget(slot, release=False))
+
+    async def _admit(
+        self,
+        client: socket.socket,
+        uffds: list[int],
+        ram: Geometry,
+        addresses: list[int],
+        mode: str,
+    ) -> int:
+        try:
+            if len(uffds) != ram.shards:
+                raise AttachError(
+                    f"{len(uffds)} userfaultfds handed over, expected one for each of "
+                    f"{ram.shards} shards"
+                )
+            _check_uffds(uffds)
+            if not self._free:
+                raise AttachError(f"{MAX_GUESTS} guests are attached already; close one first")
+            slot = self._free.pop(0)
+            try:
+                await self._add(slot, addresses, protocol.MODES[mode], uffds)
+            except ShardError as error:
+                await self._drop(slot, False)
+                self._free.append(slot)
+                raise AttachError(str(error)) from None
+        finally:
+            for fd in uffds:
+                os.close(fd)
+        self._guests[slot] = client
+        self._memory.control.note_guests(len(self._guests))
+        _tell(client, {"attached": {"guest": slot}})
+        if self._over.is_set():
+            await self._forget(slot, release="desc" not in self._last_word)
+        return slot
+
+    async def _follow(self, client: socket.socket, slot: int) -> None:
+        """Tells READY, then waits for the guest to leave."""
+        gone = asyncio.create_task(_end_of(client))
+        try:
+            if slot in self._guests and await _first(self._ready.wait(), gone):
+                if slot in self._guests:
+                    _tell(client, protocol.event(protocol.READY))
+                await gone
+        finally:
+            await _cancel(gone)
+
+    async def _forget(self, slot: int, *, release: bool) -> None:
+        client = self._guests.pop(slot, None)
+        if client is None:
+            return
+        self._memory.control.note_guests(len(self._guests))
+        with contextlib.suppress(ShardError):
+            await self._drop(slot, release)
+        if self._over.is_set():
+            _tell(client, self._last_word)
+        self._free.append(slot)
+
+
+def _check_uffds(uffds: list[int]) -> None:
+    for fd in uffds:
+        kind = os.readlink(f"/proc/self/fd/{fd}")
+        if "userfaultfd" not in kind:
+            raise AttachError(f"descriptor handed over is {kind}, expected a userfaultfd")
+
+
+def _tell(client: socket.socket, message: dict) -> None:
+    """Small and rare, so the socket's buffer takes it; a client that is gone needs no answer."""
+    with contextlib.suppress(OSError):
+        fds.send(client, message)
+
+
+async def _message(client: socket.socket, inbox: fds.Inbox) -> object:
+    message = await asyncio.wait_for(fds.receive_message_async(client, inbox), STEP_SECONDS)
+    if message is None:
+        raise ConnectionError("the client went away in the middle of the hand-over")
+    return message
+
+
+async def _end_of(client: socket.socket) -> None:
+    """Returns when the client closes its end; what it says meanwhile is ignored."""
+    while True:
+        await fds.readable(client)
+        try:
+            if not client.recv(4096):
+                return
+        except BlockingIOError:
+            continue
+        except OSError:
+            return
+
+
+async def _first(wanted: Awaitable, gone: asyncio.Task) -> bool:
+    """Waits for either; true if `wanted` came."""
+    task = asyncio.ensure_future(wanted)
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.done()
+    finally:
+        await _cancel(task)
+
+
+async def _cancel(task: asyncio.Future) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

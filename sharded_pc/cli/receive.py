@@ -1,0 +1,144 @@
+"""`sharded-pc receive INCOMING`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+
+from sharded_pc.errors import Cancelled, ExitCode, ShardedPcError, UsageError
+
+
+def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that `receive` and `run` share."""
+    parser.add_argument(
+        "incoming",
+        metavar="INCOMING",
+        help="tcp:HOST:PORT (port 0 prints the real one), unix:PATH, fd:N, exec:COMMAND or file:PATH",
+    )
+    parser.add_argument("--name", help="of this receiver and its shared memory (default: guest-PID)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
+    parser.add_argument(
+        "--placement", choices=["auto", "copy", "continue"], default="auto", help="see docs"
+    )
+    parser.add_argument("--attach", metavar="PATH", help="socket where guests attach")
+    parser.add_argument("--control", metavar="PATH", help="socket that speaks QMP")
+    parser.add_argument("--record", metavar="FILE", help="write the stream down as it comes")
+    parser.add_argument("--keep", action="store_true", help="leave the RAM in shared memory on exit")
+    parser.add_argument("--status-fd", type=int, metavar="N", help="gets one byte when listening")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    parser.add_argument("--no-progress", action="store_true", help="no progress on standard error")
+    parser.add_argument(
+        "--log-level", default=argparse.SUPPRESS, choices=["debug", "info", "warning", "error"]
+    )
+
+
+def settings_of(args: argparse.Namespace):
+    """Coordinator settings from the command line; UsageError."""
+    from sharded_pc import address
+    from sharded_pc.coordinator import Settings, runtime_path
+
+    if args.placement == "continue":
+        raise UsageError("--placement continue is not there yet: use copy or auto")
+    if args.status_fd is not None:
+        try:
+            os.fstat(args.status_fd)
+        except OSError:
+            raise UsageError(f"--status-fd {args.status_fd}: that descriptor is not open") from None
+    name = args.name or f"guest-{os.getpid()}"
+    return Settings(
+        incoming=address.parse(args.incoming),
+        name=name,
+        workers=args.workers,
+        attach=args.attach or runtime_path(name, "attach"),
+        control=args.control,
+        record=args.record,
+        keep=args.keep,
+        status_fd=args.status_fd,
+    )
+
+
+class Receive:
+    """Receives one migration and says how it went."""
+
+    name = "receive"
+    help = "receive a migration into shared memory; guests attach"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_receiver_arguments(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        return asyncio.run(_receive(args))
+
+
+async def _receive(args: argparse.Namespace) -> int:
+    from sharded_pc.coordinator import Coordinator
+    from sharded_pc.observe.progress import Progress
+
+    settings = settings_of(args)
+
+    def listening(address: object) -> None:
+        print(f"listening on {address}", file=sys.stderr)
+        print(f"guests attach at {settings.attach}", file=sys.stderr, flush=True)
+
+    ended = _Signals()
+    coordinator = Coordinator(settings, listening)
+    try:
+        async with coordinator:
+            ended.call(coordinator.quit)
+            async with Progress(coordinator.memory, enabled=not args.no_progress):
+                info = await _outcome(coordinator)
+    except ShardedPcError as error:
+        # Before a source could connect: nothing to report but the error.
+        return ended.exit_code or _failed(error)
+    _report(args, info)
+    if coordinator.error is None:
+        return int(ExitCode.COMPLETED)
+    return ended.exit_code or _failed(coordinator.error)
+
+
+async def _outcome(coordinator) -> dict:
+    """migration_info, whether it went well or not; a failure is in `coordinator.error`."""
+    try:
+        return await coordinator.receive()
+    except ShardedPcError:
+        return coordinator.info()
+
+
+def _report(args: argparse.Namespace, info: dict) -> None:
+    from sharded_pc.observe.progress import summary
+
+    if args.json:
+        print(json.dumps(info), flush=True)
+    if info["status"] == "completed":
+        print(summary(info), file=sys.stderr)
+
+
+def _failed(error: ShardedPcError) -> int:
+    print(f"sharded-pc: {error}", file=sys.stderr)
+    return int(ExitCode.COMPLETED if isinstance(error, Cancelled) else error.exit_code)
+
+
+class _Signals:
+    """SIGINT and SIGTERM end the receiver in order; the exit code says which it was."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        self._quit = None
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def call(self, quit_) -> None:
+        """What to do; at once if a signal came already."""
+        self._quit = quit_
+        if self.exit_code:
+            quit_()
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        self.exit_code = 128 + number
+        if self._quit is not None:
+            self._quit()

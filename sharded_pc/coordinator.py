@@ -1,0 +1,338 @@
+"""The coordinator: owns the postcopy state, the memory and the workers of one receiver.
+
+One asyncio loop for everything that is not bytes of RAM: workers, guests, control clients, signals.
+Two threads beside it: the stream (incoming.py; RAM records in C without the GIL) and the return
+path (in C).  The stream's thread asks the loop for things through `_Bridge`, and waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+from sharded_pc import host
+from sharded_pc.address import Address
+from sharded_pc.attach.server import AttachServer
+from sharded_pc.errors import Cancelled, HostError, ShardedPcError, ShardError
+from sharded_pc.geometry import Geometry, RamBlock
+from sharded_pc.incoming import Incoming
+from sharded_pc.memory import GuestMemory
+from sharded_pc.native.ram import Stop
+from sharded_pc.native.return_path import ReturnPath
+from sharded_pc.observe.qmp import QmpServer
+from sharded_pc.observe.status import migration_info
+from sharded_pc.shards import Shards
+from sharded_pc.state import MigrationStatus
+from sharded_pc.transport.incoming import Listener, Wire, listen
+
+log = logging.getLogger(__name__)
+
+LAST_WORD_SECONDS = 2.0
+"""How long control clients that are connected when the migration ends may ask how it ended."""
+
+
+def runtime_path(name: str, what: str) -> str:
+    """Where a receiver's socket stands unless the user says otherwise."""
+    folder = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"
+    return str(Path(folder) / f"sharded-pc-{name}.{what}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """What `receive` is told; paths are file-system paths, None: not wanted."""
+
+    incoming: Address
+    name: str
+    workers: int = 2
+    attach: str | None = None
+    control: str | None = None
+    record: str | None = None
+    keep: bool = False
+    status_fd: int | None = None
+    stripe_bytes: int | None = None
+    """None: geometry.default_stripe_bytes"""
+
+
+class _Bridge:
+    """incoming.Receiver for the stream's thread: each call runs in the loop and is waited for."""
+
+    def __init__(self, coordinator: Coordinator, loop: asyncio.AbstractEventLoop) -> None:
+        self._coordinator = coordinator
+        self._loop = loop
+
+    def _call(self, coroutine: Coroutine) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def define(self, blocks: tuple[RamBlock, ...]) -> None:
+        self._call(self._coordinator.define(blocks))
+
+    def open_return_path(self) -> None:
+        self._coordinator.open_return_path()
+
+    def post(self, message: bytes) -> None:
+        self._coordinator.post(message)
+
+    def prepare_discard(self) -> None:
+        self._call(self._coordinator.prepare_discard())
+
+    def listen(self) -> None:
+        self._call(self._coordinator.listen())
+
+    def running(self) -> None:
+        pass
+
+    def placed(self) -> None:
+        self._call(self._coordinator.release_guests())
+
+    def status_changed(self, status: MigrationStatus) -> None:
+        self._loop.call_soon_threadsafe(self._coordinator.status_changed, status)
+
+
+class Coordinator:
+    """One receiver, used once: `async with Coordinator(settings) as c: info = await c.receive()`.
+
+    `on_listening(address)` is called when a source may connect.
+    """
+
+    def __init__(
+        self, settings: Settings, on_listening: Callable[[Address], None] = lambda address: None
+    ) -> None:
+        self.settings = settings
+        self._on_listening = on_listening
+        self._exit = contextlib.AsyncExitStack()
+        self._stop = Stop()
+        self._trouble: ShardedPcError | None = None
+        self._cancelled = asyncio.Event()
+        self._return_path: ReturnPath | None = None
+        self._return_thread: threading.Thread | None = None
+        self._wire: Wire | None = None
+        self.memory: GuestMemory
+        self._shards: Shards
+        self._attach: AttachServer | None = None
+        self._qmp: QmpServer | None = None
+        self._listener: Listener
+        self.error: ShardedPcError | None = None
+
+    async def __aenter__(self) -> Coordinator:
+        """Everything that can fail before a source connects: host, sockets, memory, workers."""
+        try:
+            await self._set_up()
+        except BaseException:
+            await self._exit.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._exit.aclose()
+
+    async def _set_up(self) -> None:
+        settings, callback = self.settings, self._exit.callback
+        host.require_host()
+        callback(self._stop.close)
+        self.memory = GuestMemory.create(settings.name, settings.workers)
+        callback(self._leave_memory)
+        self.memory.control.status = MigrationStatus.SETUP
+        self._listener = listen(settings.incoming)
+        callback(self._listener.close)
+        self._shards = Shards(self.memory, settings.workers)
+        self._exit.push_async_callback(self._shards.stop)
+        for process in self._shards.processes:
+            process.on_trouble = self._on_trouble
+        await self._shards.ready()
+        await self._open_sockets()
+
+    async def _open_sockets(self) -> None:
+        settings = self.settings
+        try:
+            if settings.attach is not None:
+                server = AttachServer(settings.attach, self.memory, self._add_guest, self._drop_guest)
+                self._attach = server
+                self._exit.push_async_callback(server.close)
+                for process in self._shards.processes:
+                    process.on_guest_trouble = server.broken
+            if settings.control is not None:
+                self._qmp = QmpServer(settings.control, self.info, self.quit)
+                self._exit.push_async_callback(self._qmp.close)
+                await self._qmp.start()
+        except OSError as error:
+            raise HostError(f"make a socket: {error.strerror or error}") from error
+
+    def _leave_memory(self) -> None:
+        completed = self.memory.control.status is MigrationStatus.COMPLETED
+        if self.settings.keep and completed:
+            self.memory.unlink_all_but_ram()
+        else:
+            self.memory.unlink()
+        self.memory.close()
+
+    # The migration
+
+    async def receive(self) -> dict:
+        """Waits for a source, receives it whole, and answers migration_info.
+        Raises what failed; `info()` tells then as well."""
+        try:
+            await self._migrate()
+        except ShardedPcError as error:
+            await self._fail(error)
+            raise
+        return self.info()
+
+    async def _migrate(self) -> None:
+        self._announce()
+        self._wire = await self._or_cancelled(self._listener.accept())
+        self._exit.callback(self._wire.close)
+        self._listener.close()
+        self.memory.control.note_started()
+        record_fd = self._open_recording()
+        bridge = _Bridge(self, asyncio.get_running_loop())
+        incoming = Incoming(self.memory, self._wire.fd, self._stop, bridge, record_fd)
+        try:
+            await asyncio.to_thread(incoming.run)
+        except ShardedPcError:
+            if self._trouble is not None:
+                raise self._trouble from None
+            raise
+        finally:
+            await self._end_return_path()
+        await self._last_word()
+
+    def _announce(self) -> None:
+        if self.settings.status_fd is not None:
+            os.write(self.settings.status_fd, b"1")
+        self._on_listening(self._listener.address)
+
+    async def _or_cancelled(self, wanted: Coroutine):
+        """The result of `wanted`, unless trouble or quit() comes first."""
+        task = asyncio.ensure_future(wanted)
+        quit_ = asyncio.ensure_future(self._cancelled.wait())
+        try:
+            await asyncio.wait({task, quit_}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise self._trouble or Cancelled("ended before a source connected")
+        finally:
+            task.cancel()
+            quit_.cancel()
+
+    def _open_recording(self) -> int:
+        if self.settings.record is None:
+            return -1
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        try:
+            fd = os.open(self.settings.record, flags, 0o600)
+        except OSError as error:
+            raise HostError(f"record to {self.settings.record}: {error.strerror}") from error
+        self._exit.callback(os.close, fd)
+        return fd
+
+    async def _last_word(self) -> None:
+        if self._attach is not None:
+            await self._attach.completed()
+        if self._qmp is not None:
+            await self._qmp.idle(LAST_WORD_SECONDS)
+
+    async def _fail(self, error: ShardedPcError) -> None:
+        self.error = error
+        if not self.memory.control.totals.ended_ns:
+            self.memory.control.note_ended()
+        self.memory.control.status = MigrationStatus.FAILED
+        self.status_changed(MigrationStatus.FAILED)
+        if self._attach is not None:
+            await self._attach.failed(str(error))
+        if self._qmp is not None and not self._cancelled.is_set():
+            await self._qmp.idle(LAST_WORD_SECONDS)
+
+    def quit(self) -> None:
+        """Ends the migration now (QMP quit, signals)."""
+        self._end(Cancelled("ended on request"))
+
+    def _on_trouble(self, error: ShardError) -> None:
+        log.error("%s", error)
+        self._end(error)
+
+    def _end(self, error: ShardedPcError) -> None:
+        self._trouble = self._trouble or error
+        self._stop.set()
+        self._cancelled.set()
+
+    def info(self) -> dict:
+        """As `query-migrate`."""
+        received = self.memory.received_pages() if self.memory.geometry else []
+        error = str(self.error) if self.error else None
+        return migration_info(self.memory.name, self.memory.control, received, error)
+
+    def status_changed(self, status: MigrationStatus) -> None:
+        if self._qmp is not None:
+            self._qmp.event("MIGRATION", {"status": status.value})
+
+    # What the stream asks for
+
+    async def define(self, blocks: tuple[RamBlock, ...]) -> None:
+        geometry = Geometry.of(blocks, self.settings.workers, self.settings.stripe_bytes)
+        host.require_memory(geometry.total)
+        self.memory.define(geometry)
+        await self._shards.tell("geometry")
+        if self._attach is not None:
+            self._attach.geometry_known()
+
+    def open_return_path(self) -> None:
+        if self._return_path is not None:
+            return
+        assert self._wire is not None
+        self._return_path = ReturnPath(self.memory.control, self._wire.back_fd)
+        self._return_thread = threading.Thread(target=self._send_back, name="return-path")
+        self._return_thread.start()
+
+    def _send_back(self) -> None:
+        assert self._return_path is not None
+        try:
+            self._return_path.loop()
+        except HostError as error:
+            # The stream's thread meets the same broken wire and says what it means.
+            log.warning("%s", error)
+
+    def post(self, message: bytes) -> None:
+        assert self._return_path is not None
+        self._return_path.post(message)
+
+    async def _end_return_path(self) -> None:
+        if self._return_path is not None:
+            self._return_path.stop()
+            await asyncio.to_thread(self._return_thread.join)
+
+    async def prepare_discard(self) -> None:
+        await self._shards.tell("prepare")
+
+    async def listen(self) -> None:
+        await self._shards.tell("listen")
+        if self._return_path is not None:
+            self._return_path.arm()
+        if self._attach is not None:
+            self._attach.ready()
+
+    async def release_guests(self) -> None:
+        """All pages are here: guests run on plain shared memory from now on."""
+        if self._attach is not None:
+            await self._attach.completed()
+
+    # What the attach server asks for
+
+    async def _add_guest(
+        self, slot: int, addresses: list[int], mode: int, uffds: list[int]
+    ) -> None:
+        processes = self._shards.processes
+        await asyncio.gather(
+            *(
+                process.tell("guest", slot, addresses, mode, fd=fd)
+                for process, fd in zip(processes, uffds, strict=True)
+            )
+        )
+
+    async def _drop_guest(self, slot: int, release: bool) -> None:
+        await self._shards.tell("drop", slot, release)

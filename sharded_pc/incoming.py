@@ -1,0 +1,337 @@
+"""The incoming migration: what each message of the stream makes happen.
+
+Runs on a thread of its own.  The parser (wire/reader.py) says what the bytes mean, the state table
+(state.py) whether that may come now, and this module does it: memory, shards, return path.  RAM
+records never come here one by one: native Ram takes a whole section at a time.
+
+QEMU's words for the same: migration/savevm.c loadvm_postcopy_handle_*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from sharded_pc.errors import (
+    ConnectionLost,
+    RemoteProtocolError,
+    StreamEnded,
+)
+from sharded_pc.geometry import PAGE_BYTES, RamBlock
+from sharded_pc.memory import GuestMemory
+from sharded_pc.native.ram import Ram, Records, Stop, Stream, WireClosed
+from sharded_pc.state import Message, MigrationStatus, PostcopyState, advance, listening
+from sharded_pc.wire import constants as c
+from sharded_pc.wire import events, return_path
+from sharded_pc.wire import ram as ram_text
+from sharded_pc.wire.reader import StreamReader
+from sharded_pc.wire.steps import TELL, Parser, Some
+
+
+class Receiver(Protocol):
+    """What the coordinator does for the stream; every call blocks until it is done."""
+
+    def define(self, blocks: tuple[RamBlock, ...]) -> None:
+        """The block list is known: memory is checked and made, workers map it."""
+
+    def open_return_path(self) -> None: ...
+
+    def post(self, message: bytes) -> None:
+        """Sends a return-path message."""
+
+    def prepare_discard(self) -> None: ...
+
+    def listen(self) -> None:
+        """All discards are done: arm faults, send requests."""
+
+    def running(self) -> None: ...
+
+    def placed(self) -> None:
+        """Every page is here: release the guests."""
+
+    def status_changed(self, status: MigrationStatus) -> None: ...
+
+
+class Incoming:
+    """Drives one stream to its end.  `devices` holds the opaque device state afterwards."""
+
+    def __init__(
+        self, memory: GuestMemory, fd: int, stop: Stop, receiver: Receiver, record_fd: int = -1
+    ) -> None:
+        self._memory = memory
+        self._control = memory.control
+        self._receiver = receiver
+        self._stop = stop
+        self._stream = Stream(fd, stop, record_fd)
+        self._ram: Ram | None = None
+        self._has_return_path = False
+        self.devices = b""
+        self.description: bytes | None = None
+        self._handlers: dict[type, tuple[Message | None, Callable]] = {
+            events.Configuration: (None, self._configuration),
+            events.RamBlocks: (None, self._blocks),
+            events.RamSection: (None, self._ram_section),
+            events.RamSectionEnd: (None, self._ram_section_end),
+            events.OpenReturnPath: (Message.OPEN_RETURN_PATH, self._open_return_path),
+            events.Ping: (Message.PING, self._ping),
+            events.PostcopyAdvise: (Message.POSTCOPY_ADVISE, self._advise),
+            events.RamDiscard: (Message.POSTCOPY_RAM_DISCARD, self._discard),
+            events.SwitchoverStart: (Message.SWITCHOVER_START, _nothing),
+            events.Packaged: (Message.PACKAGED, self._packaged),
+            events.PostcopyListen: (Message.POSTCOPY_LISTEN, self._listen),
+            events.PackagedDevices: (Message.PACKAGED_DEVICES, self._take_devices),
+            events.PostcopyRun: (Message.POSTCOPY_RUN, self._run),
+            events.Devices: (Message.DEVICES, self._take_devices),
+            events.Eof: (Message.EOF, self._eof),
+            events.VmDescription: (Message.VMDESCRIPTION, self._describe),
+        }
+
+    @property
+    def state(self) -> PostcopyState:
+        return self._control.postcopy_state
+
+    def run(self) -> None:
+        """Until the migration has completed; RemoteProtocolError, ConnectionLost, HostError,
+        ShardError, Stopped."""
+        try:
+            self._drive(StreamReader(self._records).events())
+        except WireClosed:
+            raise self._wire_closed() from None
+        except RemoteProtocolError as error:
+            error.offset = self._stream.offset if error.offset is None else error.offset
+            error.state = error.state or self.state.name
+            raise
+        finally:
+            if self._ram is not None:
+                self._ram.release()
+                self._ram = None
+            self._control.note_transferred(self._stream.offset)
+
+    def _wire_closed(self) -> Exception:
+        where = self._stream.offset
+        if listening(self.state):
+            missing = self._missing()
+            return ConnectionLost(
+                f"the connection to the source was lost at stream offset {where} in postcopy state "
+                f"{self.state.name}: {missing} pages are still there"
+            )
+        return StreamEnded(
+            "the source closed the stream before the migration was complete (cancelled?)",
+            offset=where,
+            state=self.state.name,
+        )
+
+    # Driving the parser
+
+    def _drive(self, parser: Parser) -> None:
+        answer = None
+        while True:
+            try:
+                want = parser.send(answer)
+            except StopIteration:
+                return self._complete()
+            answer = self._serve(want)
+
+    def _serve(self, want):
+        match want:
+            case int():
+                return self._stream.read(want)
+            case Some(most):
+                return self._some(most)
+            case _ if want is TELL:
+                return self._stream.offset
+            case _ if want is _RECORDS:
+                assert self._ram is not None
+                return self._ram.records()
+            case event:
+                return self._handle(event)
+
+    def _some(self, most: int) -> bytes:
+        """A migration that completes in precopy may end with the wire (a file, say)."""
+        try:
+            return self._stream.some(min(most, 1 << 20))
+        except WireClosed:
+            if self._ram is not None and not listening(self.state):
+                return b""
+            raise
+
+    def _handle(self, event: object) -> None:
+        message, handler = self._handlers[type(event)]
+        state = self.state
+        after = advance(state, message) if message is not None else state
+        handler(event)
+        if after != state and self.state == state:
+            self._control.exchange_postcopy_state(after)
+
+    # RAM records, in C
+
+    def _records(self) -> Parser:
+        """The records of one section; the C twin of wire.ram.Channel.records."""
+        if self._ram is None:
+            yield from self._setup_records()
+            return
+        outcome = yield _RECORDS
+        if outcome is Records.MEM_SIZE:
+            raise RemoteProtocolError("a second block list", offset=self._ram.record_offset)
+        if outcome is not Records.EOS:
+            raise self._bad_record(outcome)
+
+    def _setup_records(self) -> Parser:
+        """The setup section begins with the block list; only then is there memory for pages."""
+        at = yield TELL
+        header = int.from_bytes((yield 8), "big")
+        if header & 0xFFF != c.RamFlag.MEM_SIZE:
+            raise RemoteProtocolError(
+                f"RAM record {header:#x} before the block list", offset=at
+            )
+        blocks = yield from ram_text.block_list(header & ram_text.OFFSET_MASK)
+        yield events.RamBlocks(blocks)
+        yield from self._records()
+
+    def _bad_record(self, outcome: Records) -> RemoteProtocolError:
+        ram, blocks = self._ram, self._memory.geometry.blocks
+        error = {
+            Records.BAD_FLAGS: lambda: ram_text.bad_flags(ram.header),
+            Records.UNSUPPORTED: lambda: ram_text.unsupported(ram.header),
+            Records.NO_BLOCK: lambda: ram_text.no_block(ram.header),
+            Records.EMPTY_NAME: lambda: ram_text.empty_name(ram.header),
+            Records.UNKNOWN_BLOCK: lambda: ram_text.unknown_block(ram.unknown_name),
+            Records.OUTSIDE_BLOCK: lambda: ram_text.outside_block(ram.header, blocks[ram.bad_block]),
+            Records.BAD_FILL: lambda: ram_text.bad_fill(ram.fill, ram.header),
+        }[outcome]()
+        error.offset = ram.record_offset
+        return error
+
+    # What each event does
+
+    def _configuration(self, event: events.Configuration) -> None:
+        pass  # the machine type matters to whoever runs the guest
+
+    def _blocks(self, event: events.RamBlocks) -> None:
+        self._receiver.define(event.blocks)
+        memory = self._memory
+        self._ram = Ram(
+            self._stream, self._control, memory.received, memory.requested, memory.pool.map, self._stop
+        )
+        for index, segment in enumerate(memory.blocks):
+            self._ram.use_block(index, segment.fd)
+        self._control.note_setup()
+        self._status(MigrationStatus.ACTIVE)
+
+    def _ram_section(self, event: events.RamSection) -> None:
+        kinds = {"setup": Message.RAM_SETUP, "part": Message.RAM_PRECOPY, "end": Message.RAM_END}
+        advance(self.state, kinds[event.kind])
+
+    def _ram_section_end(self, event: events.RamSectionEnd) -> None:
+        self._control.note_transferred(self._stream.offset)
+
+    def _open_return_path(self, event: events.OpenReturnPath) -> None:
+        self._has_return_path = True
+        self._receiver.open_return_path()
+
+    def _ping(self, event: events.Ping) -> None:
+        if not self._has_return_path:
+            raise RemoteProtocolError("PING before OPEN_RETURN_PATH")
+        self._receiver.post(return_path.pong(event.value))
+
+    def _advise(self, event: events.PostcopyAdvise) -> None:
+        if event.page_sizes is None:
+            raise RemoteProtocolError(
+                "POSTCOPY_ADVISE for dirty bitmaps only: turn the source's dirty-bitmaps capability "
+                "off or its postcopy-ram capability on"
+            )
+        if event.target_page_size != PAGE_BYTES:
+            raise RemoteProtocolError(
+                f"target pages of {event.target_page_size} bytes, expected {PAGE_BYTES}"
+            )
+        if event.page_sizes != PAGE_BYTES:
+            raise RemoteProtocolError(
+                f"RAM with page sizes {event.page_sizes:#x} (huge pages), expected only "
+                f"{PAGE_BYTES:#x}: start the source's guest without hugetlbfs memory"
+            )
+
+    def _discard(self, event: events.RamDiscard) -> None:
+        if self._ram is None:
+            raise RemoteProtocolError("POSTCOPY_RAM_DISCARD before the block list")
+        if self.state is PostcopyState.ADVISE:
+            self._control.note_stopped()
+            self._receiver.prepare_discard()
+        try:
+            index = self._memory.geometry.index(event.block)
+        except KeyError:
+            raise RemoteProtocolError(f"discard in unknown block {event.block!r}") from None
+        block = self._memory.geometry.blocks[index]
+        for start, length in event.ranges:
+            _check_discard(block, start, length)
+            self._ram.discard(index, start // PAGE_BYTES, length // PAGE_BYTES)
+
+    def _packaged(self, event: events.Packaged) -> None:
+        if self._ram is None:
+            raise RemoteProtocolError("PACKAGED before the block list")
+
+    def _listen(self, event: events.PostcopyListen) -> None:
+        if self.state is PostcopyState.ADVISE:  # nothing to discard: QEMU prepares here too
+            self._control.note_stopped()
+            self._receiver.prepare_discard()
+        self._ram.drain()  # every discard is done before a fault can be armed
+        self._ram.enter_postcopy()
+        self._control.exchange_postcopy_state(PostcopyState.LISTENING)
+        self._receiver.listen()
+        self._status(MigrationStatus.POSTCOPY_ACTIVE)
+
+    def _take_devices(self, event: events.PackagedDevices | events.Devices) -> None:
+        self.devices = event.data
+
+    def _run(self, event: events.PostcopyRun) -> None:
+        self._control.note_running()
+        self._receiver.running()
+
+    def _eof(self, event: events.Eof) -> None:
+        if self._ram is None:
+            raise RemoteProtocolError("the stream ends before any RAM")
+        self._ram.drain()
+        if not listening(self.state):
+            return
+        missing = self._missing()
+        if missing:
+            raise RemoteProtocolError(f"the source ended with {missing} pages never sent")
+        self._receiver.placed()
+
+    def _describe(self, event: events.VmDescription) -> None:
+        self.description = event.json
+
+    def _complete(self) -> None:
+        """The parser is content: the migration has arrived."""
+        if self._has_return_path:
+            self._receiver.post(return_path.shut(0))
+        self._control.note_ended()
+        self._status(MigrationStatus.COMPLETED)
+
+    def _missing(self) -> int:
+        """Pages that have not arrived, received bits of rings' content included."""
+        return self._memory.geometry.total // PAGE_BYTES - sum(self._memory.received_pages())
+
+    def _status(self, status: MigrationStatus) -> None:
+        self._control.status = status
+        self._receiver.status_changed(status)
+
+
+_RECORDS = object()
+"""A parser's wish: let the C core read RAM records."""
+
+
+def _nothing(event: object) -> None:
+    pass
+
+
+def _check_discard(block: RamBlock, start: int, length: int) -> None:
+    if start % PAGE_BYTES or length % PAGE_BYTES or length == 0:
+        raise RemoteProtocolError(
+            f"discard of {length:#x} bytes at {start:#x} in block {block.name!r} is not whole "
+            f"{PAGE_BYTES}-byte pages"
+        )
+    if start + length > block.size:
+        raise RemoteProtocolError(
+            f"discard of {length:#x} bytes at {start:#x} outside block {block.name!r} of "
+            f"{block.size:#x} bytes"
+        )

@@ -1,0 +1,149 @@
+"""A guest's RAM in shared memory, with the control segment around it.
+
+The coordinator creates it, workers and onlookers open it.  Its geometry is known only when the
+source has sent its block list: `define` makes blocks and bitmaps then, `load` finds them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+
+from sharded_pc import shm
+from sharded_pc.errors import HostError, UsageError
+from sharded_pc.geometry import Geometry
+from sharded_pc.native.control import (
+    MAX_SHARDS,
+    POOL_BYTES_PER_SHARD,
+    Bitmap,
+    Control,
+    control_bytes,
+)
+from sharded_pc.shm import Segment
+from sharded_pc.state import MigrationStatus
+
+
+class GuestMemory:
+    """Segments of one receiver.  `blocks` is in the stream's order, empty until the geometry is
+    known; the same index names a block in the control segment."""
+
+    def __init__(self, name: str, control: Segment, pool: Segment) -> None:
+        self.name = name
+        self._control_segment = control
+        self.pool = pool
+        self.control = Control(control.map)
+        self.geometry: Geometry | None = None
+        self.blocks: list[Segment] = []
+        self._bitmap_segment: Segment | None = None
+        self.received: Bitmap
+        self.requested: Bitmap
+
+    @classmethod
+    def create(cls, name: str, shards: int) -> GuestMemory:
+        """A new receiver's memory, without blocks yet; HostError, UsageError."""
+        shm.check_name(name)
+        if not 1 <= shards <= MAX_SHARDS:
+            raise UsageError(f"{shards} workers: expected 1 to {MAX_SHARDS}")
+        control = Segment.create(f"/{name}{shm.CONTROL}", control_bytes(shards), reserve=True)
+        control.lock()
+        try:
+            pool_bytes = shards * POOL_BYTES_PER_SHARD
+            pool = Segment.create(f"/{name}{shm.POOL}", pool_bytes, reserve=True)
+        except HostError:
+            control.unlink()
+            control.close()
+            raise
+        memory = cls(name, control, pool)
+        memory.control.init(shards, os.getpid())
+        return memory
+
+    @classmethod
+    def open(cls, name: str) -> GuestMemory:
+        """An existing receiver's memory, geometry included if it is known.
+        FileNotFoundError; HostError if it is of another version."""
+        control = Segment.open(f"/{name}{shm.CONTROL}")
+        memory = cls(name, control, Segment.open(f"/{name}{shm.POOL}"))
+        if not memory.control.is_valid():
+            raise HostError(f"shared memory {control.name} is not a control segment of this version")
+        memory.load()
+        return memory
+
+    @staticmethod
+    def geometry_of(control: Segment) -> Geometry | None:
+        """The geometry of RAM that has arrived, by its control segment alone; None if it has not
+        or its owner lives; HostError if the segment is of another version."""
+        look = Control(control.map)
+        try:
+            if not look.is_valid():
+                raise HostError(f"{control.name} is not a control segment of this version")
+            arrived = look.status is MigrationStatus.COMPLETED and control.lock()
+            return look.geometry if arrived else None
+        finally:
+            look.release()
+
+    def define(self, geometry: Geometry) -> None:
+        """Makes the blocks and bitmaps; HostError.  On failure nothing of it stays."""
+        assert self.geometry is None
+        try:
+            for block in geometry.blocks:
+                name = shm.block_segment_name(self.name, block.name)
+                self.blocks.append(Segment.create(name, block.size))
+            bits = sum(-(-block.pages // 64) * 64 for block in geometry.blocks)
+            segment = Segment.create(f"/{self.name}{shm.BITMAPS}", bits // 4, reserve=True)
+        except HostError:
+            for made in self.blocks:
+                made.unlink()
+                made.close()
+            self.blocks.clear()
+            raise
+        self.control.publish(geometry)
+        self._use(geometry, segment)
+
+    def load(self) -> None:
+        """Opens what `define` made, if it did."""
+        geometry = self.control.geometry
+        if geometry is None or self.geometry is not None:
+            return
+        names = [shm.block_segment_name(self.name, block.name) for block in geometry.blocks]
+        self.blocks = [Segment.open(name) for name in names]
+        self._use(geometry, Segment.open(f"/{self.name}{shm.BITMAPS}"))
+
+    def _use(self, geometry: Geometry, bitmaps: Segment) -> None:
+        half = bitmaps.size // 2
+        assert half * 8 == self.control.n_bits
+        self._bitmap_segment = bitmaps
+        self.received = Bitmap(bitmaps.map, 0, half)
+        self.requested = Bitmap(bitmaps.map, half, half)
+        self.geometry = geometry
+
+    def received_pages(self) -> list[int]:
+        """Pages received, for each block."""
+        counts = []
+        for index, segment in enumerate(self.blocks):
+            first = self.control.block(index)[2]
+            counts.append(self.received.count(first, segment.size // mmap.PAGESIZE))
+        return counts
+
+    def unlink(self) -> None:
+        """Removes all names; mappings live on."""
+        for segment in (*self.blocks, self._bitmap_segment, self.pool, self._control_segment):
+            if segment is not None:
+                segment.unlink()
+
+    def unlink_all_but_ram(self) -> None:
+        """What `--keep` leaves is the RAM and the control segment that describes it."""
+        for segment in (self._bitmap_segment, self.pool):
+            if segment is not None:
+                segment.unlink()
+
+    def close(self) -> None:
+        """Closes descriptors and mappings; the C objects that use them must be released before."""
+        self.control.release()
+        if self._bitmap_segment is not None:
+            self.received.release()
+            self.requested.release()
+            self._bitmap_segment.close()
+        for segment in (*self.blocks, self.pool, self._control_segment):
+            with contextlib.suppress(BufferError):
+                segment.close()

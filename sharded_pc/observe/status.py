@@ -1,0 +1,108 @@
+"""The object that `--json`, `status --json` and `query-migrate` answer with.
+
+Keys, units and words are QMP's (qapi/migration.json, MigrationInfo); what is ours stands under
+`sharded`.  Times are milliseconds.
+"""
+
+from __future__ import annotations
+
+from sharded_pc import shm
+from sharded_pc.geometry import PAGE_BYTES, Geometry
+from sharded_pc.native.control import Control, ShardCounters, Totals
+from sharded_pc.native.core import now_ns
+from sharded_pc.state import MigrationStatus
+
+
+def _milliseconds(start: int, end: int) -> int | None:
+    return (end - start) // 1_000_000 if start and end else None
+
+
+def _blocks(name: str, ram: Geometry | None, received: list[int]) -> list[dict]:
+    if ram is None:
+        return []
+    return [
+        {
+            "name": block.name,
+            "size": block.size,
+            "page-size": block.page_size,
+            "shm": shm.block_segment_name(name, block.name),
+            "received-pages": pages,
+        }
+        for block, pages in zip(ram.blocks, received, strict=True)
+    ]
+
+
+def _ram(ram: Geometry | None, totals: Totals, received: list[int]) -> dict:
+    total = ram.total if ram else 0
+    return {
+        "total": total,
+        "remaining": total - sum(received) * PAGE_BYTES,
+        "transferred": totals.transferred,
+        "normal": totals.normal,
+        "normal-bytes": totals.normal * PAGE_BYTES,
+        "duplicate": totals.duplicate,
+        "page-size": PAGE_BYTES,
+        "postcopy-requests": totals.requests_sent,
+        "discarded-pages": totals.discarded,
+    }
+
+
+def shard_info(index: int, shard: ShardCounters) -> dict:
+    return {
+        "shard": index,
+        "pid": shard.pid,
+        "pages": shard.pages,
+        "zero-pages": shard.zero_pages,
+        "second-pages": shard.second_pages,
+        "urgent-pages": shard.urgent,
+        "faults": shard.faults,
+        "late-faults": shard.late_faults,
+        "postcopy-requests": shard.requests,
+        "copies": shard.copies,
+        "wakes": shard.wakes,
+        "discarded-pages": shard.discarded,
+        "restarts": shard.restarts,
+        "postcopy-latency-dist": list(shard.latency),
+    }
+
+
+def latency_distribution(shards: list[ShardCounters]) -> list[int]:
+    """Faults for each bucket: element n counts those that took [2^n, 2^(n+1)) microseconds."""
+    return [sum(column) for column in zip(*(s.latency for s in shards), strict=True)]
+
+
+def mean_latency_ns(shards: list[ShardCounters]) -> int:
+    samples = sum(latency_distribution(shards))
+    return sum(s.latency_ns for s in shards) // samples if samples else 0
+
+
+def migration_info(
+    name: str, control: Control, received: list[int], error: str | None = None
+) -> dict:
+    """`received` is the number of pages received for each block, [] before the block list."""
+    totals, shards, ram = control.totals, control.shards(), control.geometry
+    ended = totals.ended_ns or (now_ns() if totals.started_ns else 0)
+    return {
+        "status": control.status.value,
+        "postcopy-state": control.postcopy_state.name.lower(),
+        "blocks": _blocks(name, ram, received),
+        "ram": _ram(ram, totals, received),
+        "total-time": _milliseconds(totals.started_ns, ended),
+        "downtime": _milliseconds(totals.stopped_ns, totals.running_ns),
+        "setup-time": _milliseconds(totals.started_ns, totals.setup_ns),
+        "postcopy-latency": mean_latency_ns(shards),
+        "postcopy-latency-dist": latency_distribution(shards),
+        "error-desc": error,
+        "sharded": {
+            "name": name,
+            "placement": "copy",
+            "guests": control.view.n_guests,
+            "spills": totals.spills,
+            "stripe-size": ram.stripe_bytes if ram else None,
+            "shards": [shard_info(i, shard) for i, shard in enumerate(shards)],
+        },
+    }
+
+
+def is_over(status: MigrationStatus) -> bool:
+    return status in (MigrationStatus.COMPLETED, MigrationStatus.FAILED, MigrationStatus.CANCELLED)

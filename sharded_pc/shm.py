@@ -1,0 +1,198 @@
+"""Shared-memory segments of a receiver: names, life and death.
+
+A receiver called NAME owns POSIX shared-memory objects; under /dev/shm they are
+
+==================  ==========================================================
+NAME.BLOCK          one RAMBlock (unusual bytes of its name as %XX)
+NAME%control        state, geometry, rings, counters (native/control.h)
+NAME%pool           tmp pages, 1 MiB for each shard
+NAME%bitmaps        received and requested bits
+==================  ==========================================================
+
+The owner holds a lock (flock) on the control segment while it lives, which is how `clean` tells a
+dead receiver's leftovers from a live one's: a lock cannot outlive its process, a pid can be reused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import mmap
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import posix_ipc
+
+from sharded_pc.errors import HostError, UsageError
+
+ROOT = Path("/dev/shm")
+"""Where Linux shows POSIX shared memory."""
+
+CONTROL, POOL, BITMAPS = "%control", "%pool", "%bitmaps"
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_KEPT = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._@+-")
+
+
+def check_name(name: str) -> str:
+    """`name` if a receiver may be called so; UsageError."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"receiver name {name!r}: use 1 to 64 letters, digits, '_' or '-', as in --name guest0"
+        )
+    return name
+
+
+def block_segment_name(receiver: str, block: str) -> str:
+    """POSIX name of a block's segment: '/guest0.pc.ram', '/guest0.%2From@etc%2Facpi%2Ftables'."""
+    raw = block.encode("utf-8", "surrogateescape")
+    return f"/{receiver}." + "".join(chr(b) if b in _KEPT else f"%{b:02X}" for b in raw)
+
+
+class Segment:
+    """One shared-memory object: a descriptor and, once asked for, one shared mapping."""
+
+    def __init__(self, name: str, fd: int, size: int) -> None:
+        self.name = name
+        self.fd = fd
+        self.size = size
+        self._map: mmap.mmap | None = None
+
+    @classmethod
+    def create(cls, name: str, size: int, *, reserve: bool = False) -> Segment:
+        """A new one of `size` bytes, all holes; `reserve` allocates them now, so that no later
+        access can meet a full file system.  HostError if the name is taken or memory is short."""
+        try:
+            made = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
+        except posix_ipc.ExistentialError:
+            raise HostError(
+                f"shared memory {name} exists already; choose another --name, or remove a dead "
+                f"receiver's with `sharded-pc clean`"
+            ) from None
+        except OSError as error:
+            raise HostError(f"create shared memory {name}: {error.strerror}") from error
+        segment = cls(name, made.fd, size)
+        if reserve:
+            segment._reserve()
+        return segment
+
+    def _reserve(self) -> None:
+        try:
+            os.posix_fallocate(self.fd, 0, self.size)
+        except OSError as error:
+            self.unlink()
+            self.close()
+            raise HostError(
+                f"reserve {self.size} bytes for {self.name}: {error.strerror}; "
+                f"enlarge it with `mount -o remount,size=... {ROOT}`"
+            ) from error
+
+    @classmethod
+    def open(cls, name: str, *, read_only: bool = False) -> Segment:
+        """An existing one; FileNotFoundError."""
+        try:
+            found = posix_ipc.SharedMemory(name, read_only=read_only)
+        except posix_ipc.ExistentialError:
+            raise FileNotFoundError(errno.ENOENT, "no such shared memory", name) from None
+        return cls(name, found.fd, found.size)
+
+    @classmethod
+    def from_fd(cls, fd: int) -> Segment:
+        """One whose descriptor was handed over; it becomes the Segment's."""
+        return cls("", fd, os.fstat(fd).st_size)
+
+    @property
+    def map(self) -> mmap.mmap:
+        """The whole segment, shared and writable."""
+        if self._map is None:
+            self._map = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED)
+        return self._map
+
+    @property
+    def view(self) -> mmap.mmap:
+        """The whole segment, shared and read-only; the caller closes it."""
+        return mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, mmap.PROT_READ)
+
+    def lock(self) -> bool:
+        """Takes the owner's lock; false if somebody has it."""
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Unmaps and closes.  BufferError if somebody still looks at the mapping."""
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def unlink(self) -> None:
+        """Removes the name; memory goes when the last mapping does."""
+        try:
+            posix_ipc.unlink_shared_memory(self.name)
+        except posix_ipc.ExistentialError:
+            pass
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Leftover:
+    """What stands in shared memory under one receiver's name."""
+
+    name: str
+    files: tuple[str, ...]
+    size: int
+    """allocated bytes"""
+    alive: bool
+    """its owner lives"""
+
+    @property
+    def kept(self) -> bool:
+        """Left on purpose by --keep, which takes the tmp pages away."""
+        return not self.alive and f"{self.name}{POOL}" not in self.files
+
+
+def receivers() -> Iterator[Leftover]:
+    """Every receiver that shared memory knows of, by its control segment."""
+    for control in sorted(ROOT.glob(f"*{CONTROL}")):
+        name = control.name.removesuffix(CONTROL)
+        if _NAME.fullmatch(name):
+            try:
+                yield _leftover(name)
+            except FileNotFoundError:
+                continue  # it ended while we looked
+
+
+def _files(name: str) -> list[Path]:
+    own = {f"{name}{suffix}" for suffix in (CONTROL, POOL, BITMAPS)}
+    return sorted(p for p in ROOT.iterdir() if p.name in own or p.name.startswith(f"{name}."))
+
+
+def _leftover(name: str) -> Leftover:
+    control = Segment.open(f"/{name}{CONTROL}")
+    try:
+        alive = not control.lock()
+    finally:
+        control.close()
+    files = _files(name)
+    size = sum(p.stat().st_blocks * 512 for p in files)
+    return Leftover(name, tuple(p.name for p in files), size, alive)
+
+
+def remove(leftover: Leftover) -> None:
+    """Removes a dead receiver's files; the control segment goes last, so that an interrupted
+    removal is found again.  Does nothing if the receiver came back to life."""
+    control = Segment.open(f"/{leftover.name}{CONTROL}")
+    try:
+        if not control.lock():
+            return
+        for file in sorted(leftover.files, key=lambda f: f.endswith(CONTROL)):
+            Segment(f"/{file}", -1, 0).unlink()
+    finally:
+        control.close()

@@ -1,0 +1,190 @@
+"""Where the migration stream comes from: QEMU's -incoming addresses made into descriptors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import stat
+import subprocess
+from collections.abc import Callable
+
+from sharded_pc import address as addr
+from sharded_pc.errors import HostError, UsageError
+
+
+class Wire:
+    """A connected stream.  `fd` is read; `back_fd` is written, -1 where there is no way back."""
+
+    def __init__(self, fd: int, back_fd: int, close: Callable[[], None]) -> None:
+        self.fd = fd
+        self.back_fd = back_fd
+        self._close = close
+
+    def close(self) -> None:
+        self._close()
+
+
+def _from_socket(sock: socket.socket) -> Wire:
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setblocking(False)
+    return Wire(sock.fileno(), sock.fileno(), sock.close)
+
+
+class Listener:
+    """A place a source can connect to, or one that needs no connecting.
+
+    `address` is what a source must be told (with the real port); accept() waits for one source.
+    """
+
+    def __init__(self, address: addr.Address) -> None:
+        self.address = address
+
+    async def accept(self) -> Wire:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stops listening and removes what was made for it."""
+
+
+class _SocketListener(Listener):
+    def __init__(self, address: addr.Address, sock: socket.socket, path: str | None = None) -> None:
+        super().__init__(address)
+        self._sock = sock
+        self._path = path
+
+    async def accept(self) -> Wire:
+        sock, _ = await asyncio.get_running_loop().sock_accept(self._sock)
+        return _from_socket(sock)
+
+    def close(self) -> None:
+        self._sock.close()
+        if self._path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+            self._path = None
+
+
+class _ReadyListener(Listener):
+    """A wire that is there from the start."""
+
+    def __init__(self, address: addr.Address, wire: Wire) -> None:
+        super().__init__(address)
+        self._wire: Wire | None = wire
+
+    async def accept(self) -> Wire:
+        wire, self._wire = self._wire, None
+        assert wire is not None
+        return wire
+
+    def close(self) -> None:
+        if self._wire is not None:
+            self._wire.close()
+            self._wire = None
+
+
+def _tcp(where: addr.TcpAddress) -> Listener:
+    host = where.host or None
+    infos = socket.getaddrinfo(
+        host, where.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    family, kind, proto, _, sockaddr = infos[0]
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(sockaddr)
+        sock.listen(1)
+    except OSError:
+        sock.close()
+        raise
+    sock.setblocking(False)
+    return _SocketListener(addr.TcpAddress(where.host, sock.getsockname()[1]), sock)
+
+
+def bind_unix(path: str) -> socket.socket:
+    """A listening Unix socket that only this user may connect to, non-blocking.  A socket that
+    nobody listens on any more is replaced; a live one, or another file, is not."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_dead_socket(path)
+        sock.bind(path)
+        os.chmod(path, 0o600)
+        sock.listen(8)
+    except OSError:
+        sock.close()
+        raise
+    sock.setblocking(False)
+    return sock
+
+
+def _remove_dead_socket(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+
+
+def _unix(where: addr.UnixAddress) -> Listener:
+    return _SocketListener(where, bind_unix(where.path), where.path)
+
+
+def _fd(where: addr.FdAddress) -> Listener:
+    try:
+        mode = os.fstat(where.fd).st_mode
+    except OSError:
+        raise UsageError(f"{where}: descriptor {where.fd} is not open in this process") from None
+    if stat.S_ISSOCK(mode):
+        return _ReadyListener(where, _from_socket(socket.socket(fileno=where.fd)))
+    return _ReadyListener(where, Wire(where.fd, -1, lambda: os.close(where.fd)))
+
+
+def _exec(where: addr.ExecAddress) -> Listener:
+    """Standard input and output of the command are one end of a socket pair: both directions."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        child = subprocess.Popen(
+            ["/bin/sh", "-c", where.command], stdin=theirs, stdout=theirs, start_new_session=True
+        )
+
+    def close() -> None:
+        ours.close()
+        try:
+            child.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            # It and what it started share a session of their own.
+            os.killpg(child.pid, signal.SIGTERM)
+            child.wait()
+
+    ours.setblocking(False)
+    return _ReadyListener(where, Wire(ours.fileno(), ours.fileno(), close))
+
+
+def _file(where: addr.FileAddress) -> Listener:
+    fd = os.open(where.path, os.O_RDONLY | os.O_CLOEXEC)
+    os.lseek(fd, where.offset, os.SEEK_SET)
+    return _ReadyListener(where, Wire(fd, -1, lambda: os.close(fd)))
+
+
+_KINDS = {
+    addr.TcpAddress: _tcp,
+    addr.UnixAddress: _unix,
+    addr.FdAddress: _fd,
+    addr.ExecAddress: _exec,
+    addr.FileAddress: _file,
+}
+
+
+def listen(where: addr.Address) -> Listener:
+    """Makes the place a source migrates to; HostError names it when that fails."""
+    try:
+        return _KINDS[type(where)](where)
+    except OSError as error:
+        raise HostError(f"{where}: {error.strerror or error}") from error
