@@ -86,11 +86,8 @@ def _memory_room(limits: Limits, needed: int) -> Iterator[tuple[str, int, str]]:
         yield "the machine", limits.mem_available, remedy
     if limits.cgroup is not None:
         group = limits.cgroup
-        yield (
-            f"the cgroup of {group.file}",
-            group.available,
-            _raise(group.used + needed, group.file),
-        )
+        remedy = _raise(group.used + needed, group.file)
+        yield f"the cgroup of {group.file}", group.available, remedy
 
 
 def _raise(limit: int, file: str) -> str:

@@ -1,0 +1,60 @@
+# Everything from a fresh machine: system packages, virtual environment, C core.
+#
+#   make demo      a migration on this machine, verified
+#   make test      the tests; ARGS="-k wire" passes arguments on
+#   make check     what can this host do?
+#   make lint      ruff
+#   make setup     only the set-up
+#   make clean     forget all of it
+#
+# PYTHON=python3.12 chooses the interpreter.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell tools/install-system-packages --which-python)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# The editable install sees changed Python at once, but the extension is a copy: it is as new as
+# this stamp, which is older than the C core as soon as that changes.
+INSTALLED := $(VENV)/.installed
+CORE := $(wildcard sharded_pc/native/*.c sharded_pc/native/*.h sharded_pc/native/*.txt)
+RUFF := $(VENV)/.ruff
+
+.PHONY: setup demo test check lint clean system-packages
+
+setup: $(INSTALLED)
+
+demo: setup
+	$(BIN)/sharded-pc demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+check: setup
+	$(BIN)/sharded-pc check $(ARGS)
+
+lint: $(RUFF)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Cheap when nothing is missing, so it is asked every time: a package may have been removed.
+system-packages:
+	@PYTHON='$(PYTHON_GIVEN)' tools/install-system-packages
+
+# Only a choice of the user's is passed on: before the packages are there, ours may find nothing.
+PYTHON_GIVEN := $(if $(filter command environment override,$(firstword $(origin PYTHON))),$(PYTHON))
+
+$(BIN)/python: | system-packages
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml $(CORE) | $(BIN)/python
+	$(PIP) install --quiet --editable '.[test,ui]'
+	@touch $@
+
+$(RUFF): Makefile | $(BIN)/python
+	$(PIP) install --quiet 'ruff>=0.17'
+	@touch $@
