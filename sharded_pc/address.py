@@ -63,9 +63,14 @@ class FileAddress:
 Address = TcpAddress | UnixAddress | FdAddress | ExecAddress | FileAddress
 
 
+def _is_number(text: str, most_digits: int) -> bool:
+    """Plain ASCII digits, few enough for what they count."""
+    return text.isascii() and text.isdigit() and len(text) <= most_digits
+
+
 def _tcp(rest: str) -> TcpAddress:
     host, colon, port = rest.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:
+    if not colon or not _is_number(port, 5) or int(port) > 65535:
         raise UsageError(f"tcp address {rest!r}: expected HOST:PORT, as in tcp:0.0.0.0:4444")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
@@ -77,13 +82,13 @@ def _tcp(rest: str) -> TcpAddress:
 def _unix(rest: str) -> UnixAddress:
     if not rest:
         raise UsageError("unix address without a path: expected unix:PATH")
-    if len(rest.encode()) > 107:
+    if len(rest.encode("utf-8", "surrogateescape")) > 107:
         raise UsageError(f"unix address {rest!r}: a socket's path has at most 107 bytes")
     return UnixAddress(rest)
 
 
 def _fd(rest: str) -> FdAddress:
-    if not rest.isdigit():
+    if not _is_number(rest, 9):
         raise UsageError(f"fd address {rest!r}: expected the number of an inherited descriptor")
     return FdAddress(int(rest))
 
@@ -96,9 +101,12 @@ def _exec(rest: str) -> ExecAddress:
 
 def _bytes(text: str) -> int:
     try:
-        return int(text, 0)
+        offset = int(text, 0)
     except ValueError:
-        raise UsageError(f"file offset {text!r}: expected a number of bytes") from None
+        offset = -1
+    if offset < 0:
+        raise UsageError(f"file offset {text!r}: expected a number of bytes")
+    return offset
 
 
 def _file(rest: str) -> FileAddress:

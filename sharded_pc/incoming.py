@@ -9,7 +9,7 @@ QEMU's words for the same: migration/savevm.c loadvm_postcopy_handle_*.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from sharded_pc.errors import (
@@ -21,7 +21,6 @@ from sharded_pc.geometry import PAGE_BYTES, RamBlock
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.ram import Ram, Records, Stop, Stream, WireClosed
 from sharded_pc.state import Message, MigrationStatus, PostcopyState, advance, listening
-from sharded_pc.wire import constants as c
 from sharded_pc.wire import events, return_path
 from sharded_pc.wire import ram as ram_text
 from sharded_pc.wire.reader import StreamReader
@@ -171,36 +170,13 @@ class Incoming:
             yield from self._setup_records()
             return
         outcome = yield _RECORDS
-        if outcome is Records.MEM_SIZE:
-            raise RemoteProtocolError("a second block list", offset=self._ram.record_offset)
         if outcome is not Records.EOS:
-            raise self._bad_record(outcome)
+            raise bad_record(outcome, self._ram, self._memory.geometry.blocks)
 
     def _setup_records(self) -> Parser:
         """The setup section begins with the block list; only then is there memory for pages."""
-        at = yield TELL
-        header = int.from_bytes((yield 8), "big")
-        if header & 0xFFF != c.RamFlag.MEM_SIZE:
-            raise RemoteProtocolError(
-                f"RAM record {header:#x} before the block list", offset=at
-            )
-        blocks = yield from ram_text.block_list(header & ram_text.OFFSET_MASK)
-        yield events.RamBlocks(blocks)
+        yield events.RamBlocks((yield from ram_text.first_record()))
         yield from self._records()
-
-    def _bad_record(self, outcome: Records) -> RemoteProtocolError:
-        ram, blocks = self._ram, self._memory.geometry.blocks
-        error = {
-            Records.BAD_FLAGS: lambda: ram_text.bad_flags(ram.header),
-            Records.UNSUPPORTED: lambda: ram_text.unsupported(ram.header),
-            Records.NO_BLOCK: lambda: ram_text.no_block(ram.header),
-            Records.EMPTY_NAME: lambda: ram_text.empty_name(ram.header),
-            Records.UNKNOWN_BLOCK: lambda: ram_text.unknown_block(ram.unknown_name),
-            Records.OUTSIDE_BLOCK: lambda: ram_text.outside_block(ram.header, blocks[ram.bad_block]),
-            Records.BAD_FILL: lambda: ram_text.bad_fill(ram.fill, ram.header),
-        }[outcome]()
-        error.offset = ram.record_offset
-        return error
 
     # What each event does
 
@@ -318,6 +294,22 @@ class Incoming:
 
 _RECORDS = object()
 """A parser's wish: let the C core read RAM records."""
+
+
+def bad_record(outcome: Records, ram: Ram, blocks: Sequence[RamBlock]) -> RemoteProtocolError:
+    """The error of the reference (wire/ram.py) for a record that the C core refused."""
+    error = {
+        Records.MEM_SIZE: lambda: ram_text.second_block_list(),
+        Records.BAD_FLAGS: lambda: ram_text.bad_flags(ram.header),
+        Records.UNSUPPORTED: lambda: ram_text.unsupported(ram.header),
+        Records.NO_BLOCK: lambda: ram_text.no_block(ram.header),
+        Records.EMPTY_NAME: lambda: ram_text.empty_name(ram.header),
+        Records.UNKNOWN_BLOCK: lambda: ram_text.unknown_block(ram.unknown_name),
+        Records.OUTSIDE_BLOCK: lambda: ram_text.outside_block(ram.header, blocks[ram.bad_block]),
+        Records.BAD_FILL: lambda: ram_text.bad_fill(ram.fill, ram.header),
+    }[outcome]()
+    error.offset = ram.record_offset
+    return error
 
 
 def _nothing(event: object) -> None:

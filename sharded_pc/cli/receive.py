@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from sharded_pc.errors import Cancelled, ExitCode, ShardedPcError, UsageError
+from sharded_pc.errors import ExitCode, ShardedPcError, UsageError
 
 
 def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +119,7 @@ def _report(args: argparse.Namespace, info: dict) -> None:
 
 def _failed(error: ShardedPcError) -> int:
     print(f"sharded-pc: {error}", file=sys.stderr)
-    return int(ExitCode.COMPLETED if isinstance(error, Cancelled) else error.exit_code)
+    return int(error.exit_code)
 
 
 class _Signals:

@@ -80,7 +80,7 @@ static sp_status named_block(sp_ram *r, size_t *taken, uint32_t *block)
         return SP_OK;
     }
     memcpy(r->name, name, len);
-    r->name[len] = 0;
+    r->name_len = (uint32_t)len;
     return SP_UNKNOWN_BLOCK;
 }
 

@@ -58,6 +58,7 @@ typedef struct sp_ram {
     uint32_t bad_block; /* of SP_OUTSIDE_BLOCK */
     uint32_t shard;    /* of SP_SHARD_FAILED */
     char name[256];    /* of SP_UNKNOWN_BLOCK */
+    uint32_t name_len; /* it may hold a NUL */
     uint64_t mem_size; /* of SP_MEM_SIZE, bytes */
 } sp_ram;
 

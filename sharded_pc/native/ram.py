@@ -184,7 +184,8 @@ class Ram:
 
     @property
     def unknown_name(self) -> str:
-        return ffi.string(self.raw.name).decode("utf-8", "surrogateescape")
+        raw = ffi.buffer(self.raw.name, self.raw.name_len)
+        return bytes(raw).decode("utf-8", "surrogateescape")
 
 
 _OUTCOMES = {

@@ -77,6 +77,13 @@ int sp_view_block(sp_control *c, uint32_t index, sp_block_view *v)
     return 0;
 }
 
+int sp_view_shard_of(sp_control *c, uint32_t block, uint64_t page)
+{
+    if (block >= atomic_load(&c->n_blocks) || page >= sp_block_pages(&c->blocks[block]))
+        return -ENOENT;
+    return (int)sp_shard_of(c, &c->blocks[block], page);
+}
+
 void sp_note_time(sp_control *c, int what)
 {
     sp_totals *t = &c->totals;

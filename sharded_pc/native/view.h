@@ -35,6 +35,8 @@ void sp_view_control(sp_control *c, sp_control_view *v);
 void sp_view_totals(sp_control *c, sp_totals_view *v);
 int sp_view_shard(sp_control *c, uint32_t index, sp_shard_view *v); /* 0 or -ENOENT */
 int sp_view_block(sp_control *c, uint32_t index, sp_block_view *v);
+/* The shard that owns a page, or -ENOENT if there is no such page. */
+int sp_view_shard_of(sp_control *c, uint32_t block, uint64_t page);
 /* What the coordinator's Python notes down. */
 void sp_note_time(sp_control *c, int what);
 void sp_note_shard(sp_control *c, uint32_t index, uint32_t pid);

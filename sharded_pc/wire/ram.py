@@ -54,6 +54,14 @@ def bad_fill(fill: int, header: int) -> RemoteProtocolError:
     )
 
 
+def before_block_list(header: int) -> RemoteProtocolError:
+    return RemoteProtocolError(f"RAM record {header:#x} before the block list")
+
+
+def second_block_list() -> RemoteProtocolError:
+    return RemoteProtocolError("a second block list")
+
+
 def _refuse(header: int) -> RemoteProtocolError:
     flags = RamFlag(header & 0xFFF & ~RamFlag.CONTINUE)
     continues = header & RamFlag.CONTINUE
@@ -65,7 +73,8 @@ def _refuse(header: int) -> RemoteProtocolError:
 
 
 class Channel:
-    """One channel's RAM records.  `blocks` may grow while it reads (the setup section fills it)."""
+    """One channel's RAM records.  While `blocks` is empty the block list must come first; whoever
+    drives the parser fills `blocks` at the RamBlocks event."""
 
     def __init__(self, blocks: Mapping[str, RamBlock]) -> None:
         self._blocks = blocks
@@ -73,6 +82,8 @@ class Channel:
 
     def records(self) -> Parser:
         """The events of one section's records, through EOS."""
+        if not self._blocks:
+            yield events.RamBlocks((yield from first_record()))
         while True:
             at = yield TELL
             header = yield from number(8)
@@ -89,8 +100,7 @@ class Channel:
             case RamFlag.EOS:
                 return True
             case RamFlag.MEM_SIZE:
-                blocks = yield from block_list(header & OFFSET_MASK)
-                yield events.RamBlocks(blocks)
+                raise second_block_list()
             case flags if flags & ~RamFlag.CONTINUE in (RamFlag.PAGE, RamFlag.ZERO):
                 yield from self._page(header)
             case _:
@@ -126,8 +136,23 @@ class Channel:
         return self._blocks[name]
 
 
+def first_record() -> Parser:
+    """The record that opens the setup section: its blocks.  Errors carry the record's offset."""
+    at = yield TELL
+    header = yield from number(8)
+    try:
+        if header & 0xFFF != RamFlag.MEM_SIZE:
+            raise before_block_list(header)
+        return (yield from block_list(header & OFFSET_MASK))
+    except RemoteProtocolError as error:
+        error.offset = at if error.offset is None else error.offset
+        raise
+
+
 def _one_block() -> Parser:
     name = yield from counted_text("RAM block list entry")
+    if "\0" in name:  # names are C strings to QEMU and to the core
+        raise RemoteProtocolError(f"block name {name!r} with a NUL in it")
     size = yield from number(8)
     if size == 0 or size % PAGE_BYTES:
         raise RemoteProtocolError(

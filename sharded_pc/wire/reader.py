@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from sharded_pc.errors import RemoteProtocolError
+from sharded_pc.errors import RemoteProtocolError, StreamEnded
 from sharded_pc.wire import constants as c
 from sharded_pc.wire import events, package
 from sharded_pc.wire.commands import command
@@ -186,7 +186,13 @@ def _package(length: int) -> Parser:
         )
     blob = bytearray()
     while len(blob) < length:
-        blob += yield Some(length - len(blob))
+        piece = yield Some(length - len(blob))
+        if not piece:
+            raise StreamEnded(
+                f"the stream ended inside a package, {length - len(blob)} bytes of {length} missing",
+                offset=(yield TELL),
+            )
+        blob += piece
     return bytes(blob)
 
 
@@ -209,17 +215,17 @@ def _is_json(raw: bytearray) -> bool:
 
 
 def _until_description(tail: bytes) -> Parser:
-    """Everything up to EOF and VMDESCRIPTION; without one, up to the end of the stream if the last
-    byte is EOF.  Only the last description in the bytes can be the stream's, so a search starts
+    """Everything up to EOF and VMDESCRIPTION; without one, up to the end of the stream if what
+    stands there is a device's footer and EOF.  Only the last description in the bytes can be the stream's, so a search starts
     where the one before found a candidate whose JSON is not complete."""
     seen = bytearray(tail)
     start = 0
     while True:
         more = yield Some(1 << 20)
         if not more:
-            if seen.endswith(b"\x00"):
+            if _ends_whole(seen):
                 return bytes(seen[:-1]), None
-            raise RemoteProtocolError("the stream ended inside device state")
+            raise StreamEnded("the stream ended inside device state", offset=(yield TELL))
         seen += more
         if len(seen) > c.MAX_DEVICES_BYTES:
             raise RemoteProtocolError(
@@ -230,6 +236,13 @@ def _until_description(tail: bytes) -> Parser:
             end, body = found
             return bytes(seen[:end]), bytes(seen[body:])
         start = _oldest_candidate(seen, start)
+
+
+def _ends_whole(seen: bytearray) -> bool:
+    """Whether the last bytes are EOF behind the footer of a section that began in `seen`: a zero
+    byte alone may be any byte of a device's state."""
+    footer, section, end = seen[-6:-5], seen[-5:-1], seen[-1:]
+    return footer == b"\x7e" and end == b"\0" and b"\x04" + section in seen
 
 
 def _oldest_candidate(seen: bytearray, start: int) -> int:

@@ -52,6 +52,26 @@ class ReqPages:
     length: int
 
 
+_LENGTHS = {
+    Rp.SHUT: range(4, 5),
+    Rp.PONG: range(4, 5),
+    Rp.REQ_PAGES_ID: range(14, 13 + 256),
+    Rp.REQ_PAGES: range(12, 13),
+}
+"""Payload bytes of the messages that a source reads here."""
+
+
+def _check(kind: int, payload: bytes) -> None:
+    if kind not in _LENGTHS:
+        raise RemoteProtocolError(f"return path message of unknown type {kind}")
+    if len(payload) not in _LENGTHS[Rp(kind)]:
+        raise RemoteProtocolError(f"{Rp(kind).name} of {len(payload)} bytes")
+    if kind == Rp.REQ_PAGES_ID and len(payload) != 13 + payload[12]:
+        raise RemoteProtocolError(
+            f"{Rp.REQ_PAGES_ID.name} of {len(payload)} bytes with a name of {payload[12]}"
+        )
+
+
 def messages() -> Parser:
     """Parser of a return path as a source sees it: Shut, Pong, ReqPages for ever."""
     block: str | None = None
@@ -61,6 +81,7 @@ def messages() -> Parser:
         if size > LARGEST:
             raise RemoteProtocolError(f"return path message {kind} of {size} bytes")
         payload = bytes((yield size)) if size else b""
+        _check(kind, payload)
         match kind:
             case Rp.SHUT:
                 yield Shut(int.from_bytes(payload, "big"))
@@ -69,9 +90,7 @@ def messages() -> Parser:
             case Rp.REQ_PAGES_ID | Rp.REQ_PAGES:
                 start, length = struct.unpack(">QI", payload[:12])
                 if kind == Rp.REQ_PAGES_ID:
-                    block = text(payload[13 : 13 + payload[12]])
+                    block = text(payload[13:])
                 if block is None:
                     raise RemoteProtocolError("REQ_PAGES before any REQ_PAGES_ID")
                 yield ReqPages(block, start, length)
-            case _:
-                raise RemoteProtocolError(f"return path message of unknown type {kind}")
