@@ -15,7 +15,8 @@ PYTHON ?= $(shell tools/install-system-packages --which-python)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # The editable install sees changed Python at once, but the extension is a copy: it is as new as
-# this stamp, which is older than the C core as soon as that changes.
+# this stamp, which is older than the C core as soon as that changes.  The stamp's time is that of
+# the build's start, so that an edit during the build is not missed.
 INSTALLED := $(VENV)/.installed
 CORE := $(wildcard sharded_pc/native/*.c sharded_pc/native/*.h sharded_pc/native/*.txt)
 RUFF := $(VENV)/.ruff
@@ -52,8 +53,9 @@ $(BIN)/python: | system-packages
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): pyproject.toml $(CORE) | $(BIN)/python
+	@touch $@.new
 	$(PIP) install --quiet --editable '.[test,ui]'
-	@touch $@
+	@mv $@.new $@
 
 $(RUFF): Makefile | $(BIN)/python
 	$(PIP) install --quiet 'ruff>=0.17'

@@ -16,39 +16,44 @@ import mmap
 import os
 import signal
 import threading
+from collections.abc import Callable, Sequence
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 
 from sharded_pc.errors import AttachError, ShardedPcError
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.control import POOL_BYTES_PER_SHARD
-from sharded_pc.native.shard import Shard
+from sharded_pc.native.shard import Shard, allow_interrupts
 from sharded_pc.native.uffd import Uffd
 
 MADV_NOHUGEPAGE = getattr(mmap, "MADV_NOHUGEPAGE", 15)
-INTERRUPT = signal.SIGUSR1
+INTERRUPT = signal.SIGRTMIN + 7
 """Interrupts a fault loop's blocking read."""
 
 
-class Worker:
-    """The shard's state in this process; one method for each message."""
+class ShardWorker:
+    """One shard in this process: its mapping, its userfaultfd, its loops.
 
-    def __init__(self, conn: Connection, name: str, index: int) -> None:
-        self._conn = conn
-        self._send_lock = threading.Lock()
-        self.memory = GuestMemory.open(name)
+    `on_broken(text)` and `on_guest_broken(slot, text)` are called from the loops' threads.
+    """
+
+    def __init__(self, memory: GuestMemory, index: int) -> None:
+        self.memory = memory
         self.index = index
+        self.on_broken: Callable[[str], None] = lambda text: None
+        self.on_guest_broken: Callable[[int, str], None] = lambda slot, text: None
         self._uffd = Uffd.open()
-        pool = memoryview(self.memory.pool.map)[index * POOL_BYTES_PER_SHARD :]
         self._shard: Shard | None = None
-        self._pool = pool[:POOL_BYTES_PER_SHARD]
         self._placing: threading.Thread | None = None
         self._guests: dict[int, tuple[int, threading.Thread | None]] = {}
         self._listening = False
+        allow_interrupts(INTERRUPT)
 
-    def send(self, *message: object) -> None:
-        with self._send_lock, contextlib.suppress(BrokenPipeError):
-            self._conn.send(message)
+    @property
+    def pool(self) -> memoryview:
+        """This shard's tmp pages."""
+        size = POOL_BYTES_PER_SHARD
+        return memoryview(self.memory.pool.map)[self.index * size : (self.index + 1) * size]
 
     @property
     def shard(self) -> Shard:
@@ -56,14 +61,17 @@ class Worker:
         return self._shard
 
     def geometry(self) -> None:
-        """The block list was read: map everything and start placing."""
+        """The block list was read: maps everything and registers it."""
         memory = self.memory
         memory.load()
         self._shard = Shard(
-            memory.control, self.index, memory.received, memory.requested, self._pool, self._uffd
+            memory.control, self.index, memory.received, memory.requested, self.pool, self._uffd
         )
         for index, block in enumerate(memory.blocks):
             self._shard.add_block(index, block.map, block.fd)
+
+    def start_placing(self) -> None:
+        """Serves the coordinator's rings on a thread of its own."""
         self._placing = threading.Thread(target=self._place, name="placement")
         self._placing.start()
 
@@ -71,7 +79,7 @@ class Worker:
         try:
             self.shard.place_loop()
         except ShardedPcError as error:
-            self.send("broken", str(error))
+            self.on_broken(str(error))
 
     def prepare(self) -> None:
         """Before discards: no huge page may hide a hole (postcopy_ram_prepare_discard)."""
@@ -81,21 +89,20 @@ class Worker:
                 block.map.madvise(MADV_NOHUGEPAGE)
 
     def listen(self) -> None:
-        """All discards are done: faults may be answered."""
+        """All discards are done: faults are answered from now on."""
         self._listening = True
         for slot in list(self._guests):
             self._start_faults(slot)
         self.shard.wake_all()
 
-    def guest(self, slot: int, addresses: list[int], mode: int) -> None:
-        """A guest attached; its userfaultfd for this shard follows on the pipe."""
-        fd = reduction.recv_handle(self._conn)
+    def add_guest(self, slot: int, addresses: Sequence[int], mode: int, uffd: int) -> None:
+        """A guest attached; `uffd` becomes ours.  AttachError."""
         try:
-            self.shard.add_guest(slot, fd, addresses, mode)
+            self.shard.add_guest(slot, uffd, addresses, mode)
         except AttachError:
-            os.close(fd)
+            os.close(uffd)
             raise
-        self._guests[slot] = (fd, None)
+        self._guests[slot] = (uffd, None)
         if self._listening:
             self._start_faults(slot)
 
@@ -110,10 +117,10 @@ class Worker:
         try:
             self.shard.fault_loop(slot)
         except AttachError as error:
-            self.send("guest-broken", slot, str(error))
+            self.on_guest_broken(slot, str(error))
 
-    def drop(self, slot: int, release: bool) -> None:
-        """A guest is gone, or needs us no more (`release`)."""
+    def drop_guest(self, slot: int, release: bool) -> None:
+        """A guest is gone, or needs us no more (`release`: everything has arrived)."""
         fd, thread = self._guests.pop(slot, (-1, None))
         if fd < 0:
             return
@@ -123,30 +130,21 @@ class Worker:
         self.shard.drop_guest(slot, release=release)
         os.close(fd)
 
-    def stop(self) -> None:
-        """Ends all loops."""
+    def stop(self, *, release: bool = False) -> None:
+        """Ends all loops; guests keep waiting for missing pages unless `release`."""
         for slot in list(self._guests):
-            self.drop(slot, False)
+            self.drop_guest(slot, release)
         if self._shard is not None:
             self._shard.stop()
         if self._placing is not None:
             self._placing.join()
 
-    def obey(self, word: str, arguments: tuple) -> None:
-        """One message, answered."""
-        handler = {
-            "geometry": self.geometry,
-            "prepare": self.prepare,
-            "listen": self.listen,
-            "guest": self.guest,
-            "drop": self.drop,
-        }[word]
-        try:
-            handler(*arguments)
-        except (ShardedPcError, OSError) as error:
-            self.send("error", str(error))
-        else:
-            self.send("ok")
+    def close(self) -> None:
+        """After stop(): lets go of the mappings."""
+        if self._shard is not None:
+            self._shard.release()
+            self._shard = None
+        self._uffd.close()
 
 
 def _interrupt(thread: threading.Thread) -> None:
@@ -157,23 +155,58 @@ def _interrupt(thread: threading.Thread) -> None:
         thread.join(0.005)
 
 
+class _Process:
+    """The messages of the coordinator, obeyed one by one."""
+
+    def __init__(self, conn: Connection, name: str, index: int) -> None:
+        self._conn = conn
+        self._send_lock = threading.Lock()
+        self._worker = ShardWorker(GuestMemory.open(name), index)
+        self._worker.on_broken = lambda text: self.send("broken", text)
+        self._worker.on_guest_broken = lambda slot, text: self.send("guest-broken", slot, text)
+        self._handlers: dict[str, Callable] = {
+            "geometry": self._geometry,
+            "prepare": self._worker.prepare,
+            "listen": self._worker.listen,
+            "guest": self._guest,
+            "drop": self._worker.drop_guest,
+        }
+
+    def send(self, *message: object) -> None:
+        with self._send_lock, contextlib.suppress(BrokenPipeError):
+            self._conn.send(message)
+
+    def _geometry(self) -> None:
+        self._worker.geometry()
+        self._worker.start_placing()
+
+    def _guest(self, slot: int, addresses: list[int], mode: int) -> None:
+        """The userfaultfd follows on the pipe."""
+        self._worker.add_guest(slot, addresses, mode, reduction.recv_handle(self._conn))
+
+    def serve(self) -> None:
+        """Until told to stop, or the coordinator is gone: then guests wait for its successor."""
+        self.send("ok")
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            while (message := self._conn.recv()) != ("stop",):
+                self._obey(*message)
+        self._worker.stop()
+
+    def _obey(self, word: str, *arguments: object) -> None:
+        try:
+            self._handlers[word](*arguments)
+        except (ShardedPcError, OSError) as error:
+            self.send("error", str(error))
+        else:
+            self.send("ok")
+
+
 def main(conn: Connection, name: str, index: int) -> None:
     """Entry of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is the coordinator's to handle
-    signal.signal(INTERRUPT, lambda *_: None)
     try:
-        worker = Worker(conn, name, index)
+        process = _Process(conn, name, index)
     except (ShardedPcError, OSError) as error:
         conn.send(("error", str(error)))
         return
-    worker.send("ok")
-    try:
-        while True:
-            word, *arguments = conn.recv()
-            if word == "stop":
-                break
-            worker.obey(word, tuple(arguments))
-    except (EOFError, ConnectionResetError):
-        pass  # the coordinator is gone: guests wait for its successor
-    worker.stop()
-    worker.send("ok")
+    process.serve()

@@ -1,6 +1,6 @@
 /* A doorbell between two processes: a futex word in shared memory.
  *
- * One waiter, any number of ringers.  The waiter announces itself (`waiting`), looks at its work
+ * Any number of waiters and ringers.  A waiter announces itself (`waiting`), looks at its work
  * once more, and only then sleeps; a ringer makes work visible, then rings.  Both sides use
  * sequentially consistent operations, so a ring between the look and the sleep is never lost: the
  * kernel compares `rung` with the value read before the look.
@@ -8,6 +8,7 @@
 #ifndef SP_BELL_H
 #define SP_BELL_H
 
+#include <limits.h>
 #include <linux/futex.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -17,26 +18,26 @@
 
 typedef struct sp_bell {
     _Atomic uint32_t rung;     /* written by ringers */
-    _Atomic uint32_t waiting;  /* written by the waiter */
+    _Atomic uint32_t waiting;  /* how many wait; a waiter that died costs a system call per ring */
 } sp_bell;
 
 static inline void sp_bell_ring(sp_bell *bell)
 {
     atomic_fetch_add(&bell->rung, 1);
     if (atomic_load(&bell->waiting))
-        syscall(SYS_futex, &bell->rung, FUTEX_WAKE, 1, NULL, NULL, 0);
+        syscall(SYS_futex, &bell->rung, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
 
-/* Announces the waiter; look at the work after this and before sp_bell_wait. */
+/* Announces a waiter; look at the work after this, then sp_bell_wait or sp_bell_cancel. */
 static inline uint32_t sp_bell_prepare(sp_bell *bell)
 {
-    atomic_store(&bell->waiting, 1);
+    atomic_fetch_add(&bell->waiting, 1);
     return atomic_load(&bell->rung);
 }
 
 static inline void sp_bell_cancel(sp_bell *bell)
 {
-    atomic_store(&bell->waiting, 0);
+    atomic_fetch_sub(&bell->waiting, 1);
 }
 
 static inline void sp_bell_wait(sp_bell *bell, uint32_t seen, int timeout_ms)

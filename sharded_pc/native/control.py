@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 from sharded_pc.geometry import Geometry, RamBlock
 from sharded_pc.native.core import ensure, ffi, lib
@@ -170,6 +171,17 @@ class Control:
 
     def note_transferred(self, total: int) -> None:
         lib.sp_add_transferred(self.raw, total)
+
+
+def take_request(control: Control, shard: int, timeout: float) -> tuple[int, int] | None:
+    """The oldest page that a guest of the shard asks the source for, as (block index, page); None
+    after `timeout` seconds.  Only where no return-path loop runs."""
+    desc = ffi.new("sp_desc *")
+    deadline = time.monotonic() + timeout
+    while (left := deadline - time.monotonic()) > 0:
+        if lib.sp_take_request(control.raw, shard, max(int(left * 1000), 1), desc):
+            return desc.block, desc.first_page
+    return None
 
 
 class Bitmap:

@@ -7,8 +7,13 @@ from collections.abc import Sequence
 
 from sharded_pc.errors import AttachError, ShardError
 from sharded_pc.native.control import Bitmap, Control
-from sharded_pc.native.core import ensure_object, ffi, lib, system_error
+from sharded_pc.native.core import ensure, ensure_object, ffi, lib, system_error
 from sharded_pc.native.uffd import Uffd
+
+
+def allow_interrupts(signo: int) -> None:
+    """Makes `signo` interrupt a blocking read of this process instead of ending it."""
+    ensure(lib.sp_allow_interrupts(signo), f"handle signal {signo}")
 
 
 class Shard:
@@ -41,6 +46,10 @@ class Shard:
         rc = lib.sp_worker_add_block(self.raw, index, self._view(mapping), fd)
         if rc < 0:
             raise system_error(-rc, f"register block {index} with the worker's userfaultfd")
+
+    def address(self, index: int) -> int:
+        """Where this process mapped a block."""
+        return int(ffi.cast("uintptr_t", self.raw.base[index]))
 
     def place_loop(self) -> None:
         """Runs until stop(); ShardError when a page cannot be placed."""

@@ -169,3 +169,22 @@ int sp_ring_take_one(sp_ring *ring, sp_desc *desc)
     sp_ring_pop(ring);
     return 1;
 }
+
+static int take_one_request(sp_control *c, uint32_t shard, sp_desc *desc)
+{
+    for (uint32_t g = 0; g < SP_MAX_GUESTS; g++)
+        if (sp_ring_take_one(&c->shards[shard].requests[g], desc))
+            return 1;
+    return 0;
+}
+
+int sp_take_request(sp_control *c, uint32_t shard, int timeout_ms, sp_desc *desc)
+{
+    uint32_t seen = sp_bell_prepare(&c->requests);
+    if (take_one_request(c, shard, desc)) {
+        sp_bell_cancel(&c->requests);
+        return 1;
+    }
+    sp_bell_wait(&c->requests, seen, timeout_ms);
+    return take_one_request(c, shard, desc);
+}

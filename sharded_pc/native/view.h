@@ -43,6 +43,10 @@ void sp_note_shard(sp_control *c, uint32_t index, uint32_t pid);
 void sp_note_guests(sp_control *c, uint32_t n);
 void sp_add_transferred(sp_control *c, uint64_t total);
 
+/* The oldest page request of a shard's guests, waiting at most timeout_ms; 1, or 0: there is none.
+ * For a receiver without a return-path loop; it stands in for that loop's ends of the rings. */
+int sp_take_request(sp_control *c, uint32_t shard, int timeout_ms, sp_desc *desc);
+
 /* bitmap.h and ring.h as functions. */
 int sp_bits_test_at(const sp_word *map, uint64_t bit);
 int sp_bits_claim_at(sp_word *map, uint64_t bit);

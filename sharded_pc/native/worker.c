@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -117,6 +118,17 @@ int sp_worker_add_guest(sp_worker *w, uint32_t guest, int uffd, const uint64_t *
     atomic_store(&g->stop, 0);
     atomic_store(&g->state, SP_GUEST_ACTIVE);
     return 0;
+}
+
+static void only_interrupt(int signo)
+{
+    (void)signo;
+}
+
+int sp_allow_interrupts(int signo)
+{
+    struct sigaction action = {.sa_handler = only_interrupt}; /* no SA_RESTART: that is the point */
+    return sigaction(signo, &action, NULL) ? -errno : 0;
 }
 
 void sp_worker_stop_guest(sp_worker *w, uint32_t guest)

@@ -61,6 +61,8 @@ void sp_worker_stop(sp_worker *w);
  * they are mapped where the guest says) and makes the guest known.  0 or -errno, *bad = block. */
 int sp_worker_add_guest(sp_worker *w, uint32_t guest, int uffd, const uint64_t *base,
                         uint64_t mode, uint32_t *bad);
+/* Makes a signal interrupt a blocking read instead of ending the process.  0 or -errno. */
+int sp_allow_interrupts(int signo);
 /* Asks the guest's fault loop to end; the caller interrupts its read by a signal and joins. */
 void sp_worker_stop_guest(sp_worker *w, uint32_t guest);
 /* After the fault loop ended: forgets the guest; unregisters its stripes first if `release`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from array import array
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ class PageOracle:
     zero_share: float = 0.1
     dirty_share: float = 0.8
 
+    @functools.cache  # noqa: B019  (a handful of oracles in a process's life)
     def precopied(self, block: int) -> bytes:
         """Version of each page during precopy; 0 is a zero page."""
         chance = random.Random(f"{self.seed}/{block}/zero")
@@ -34,6 +36,7 @@ class PageOracle:
         pages = self.blocks[block].pages
         return bytes(0 if chance.random() < share else PRECOPIED for _ in range(pages))
 
+    @functools.cache  # noqa: B019
     def final(self, block: int) -> bytes:
         """Version of each page when the source stopped."""
         chance = random.Random(f"{self.seed}/{block}/dirty")

@@ -188,9 +188,9 @@ def _package(length: int) -> Parser:
     while len(blob) < length:
         piece = yield Some(length - len(blob))
         if not piece:
+            missing = f"{length - len(blob)} bytes of {length} missing"
             raise StreamEnded(
-                f"the stream ended inside a package, {length - len(blob)} bytes of {length} missing",
-                offset=(yield TELL),
+                f"the stream ended inside a package, {missing}", offset=(yield TELL)
             )
         blob += piece
     return bytes(blob)
@@ -216,8 +216,9 @@ def _is_json(raw: bytearray) -> bool:
 
 def _until_description(tail: bytes) -> Parser:
     """Everything up to EOF and VMDESCRIPTION; without one, up to the end of the stream if what
-    stands there is a device's footer and EOF.  Only the last description in the bytes can be the stream's, so a search starts
-    where the one before found a candidate whose JSON is not complete."""
+    stands there is a device's footer and EOF.  Only the last description in the bytes can be the
+    stream's, so a search starts where the one before found a candidate whose JSON is not complete.
+    """
     seen = bytearray(tail)
     start = 0
     while True:
