@@ -12,15 +12,19 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sharded_pc import host
 from sharded_pc.address import Address
 from sharded_pc.attach.server import AttachServer
 from sharded_pc.errors import Cancelled, HostError, ShardedPcError, ShardError
-from sharded_pc.geometry import Geometry, RamBlock
+from sharded_pc.geometry import PAGE_BYTES, Geometry, RamBlock
 from sharded_pc.incoming import Incoming
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.ram import Stop
@@ -30,6 +34,10 @@ from sharded_pc.observe.status import migration_info
 from sharded_pc.shards import Shards
 from sharded_pc.state import MigrationStatus
 from sharded_pc.transport.incoming import Listener, Wire, listen
+from sharded_pc.wire import return_path
+
+if TYPE_CHECKING:
+    from sharded_pc.destination import QemuDestination
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +65,8 @@ class Settings:
     status_fd: int | None = None
     stripe_bytes: int | None = None
     """None: geometry.default_stripe_bytes"""
+    qemu: tuple[str, ...] = ()
+    """command line of a destination to resume; (): none"""
 
 
 class _Bridge:
@@ -72,6 +82,30 @@ class _Bridge:
     def define(self, blocks: tuple[RamBlock, ...]) -> None:
         self._call(self._coordinator.define(blocks))
 
+    async def _start_destination(self, destination: QemuDestination) -> None:
+        """While the source precopies.  A destination that cannot run ends the migration while the
+        source still can."""
+        try:
+            await destination.start()
+            await destination.lost()
+        except ShardedPcError as error:
+            self._end(error)
+
+    async def load_devices(self, data: bytes) -> None:
+        assert self.destination is not None and self._starting is not None
+        try:
+            await self.destination.ready()
+            await self.destination.resume(self.machine, data)
+        except ShardedPcError as error:
+            self._end(error)
+            raise
+
+    def request_page(self, block: int, page: int) -> None:
+        """Asks the source for a page that nobody faulted on."""
+        name = self.memory.geometry.blocks[block].name
+        if self._return_path is not None:
+            self._return_path.post(return_path.req_pages(page * PAGE_BYTES, PAGE_BYTES, name))
+
     def open_return_path(self) -> None:
         self._coordinator.open_return_path()
 
@@ -86,6 +120,14 @@ class _Bridge:
 
     def running(self) -> None:
         pass
+
+    def configured(self, machine: str) -> None:
+        self._coordinator.machine = machine
+
+    def load_devices(self, data: bytes) -> Future | None:
+        if self._coordinator.destination is None:
+            return None
+        return asyncio.run_coroutine_threadsafe(self._coordinator.load_devices(data), self._loop)
 
     def placed(self) -> None:
         self._call(self._coordinator.release_guests())
@@ -117,6 +159,9 @@ class Coordinator:
         self._attach: AttachServer | None = None
         self._qmp: QmpServer | None = None
         self._listener: Listener
+        self.machine = ""
+        self.destination: QemuDestination | None = None
+        self._starting: asyncio.Task | None = None
         self.error: ShardedPcError | None = None
 
     async def __aenter__(self) -> Coordinator:
@@ -133,11 +178,13 @@ class Coordinator:
 
     async def _set_up(self) -> None:
         settings, callback = self.settings, self._exit.callback
-        host.require_host()
+        host.require_host(kernel_faults=bool(settings.qemu))
         callback(self._stop.close)
         self.memory = GuestMemory.create(settings.name, settings.workers)
         callback(self._leave_memory)
         self.memory.control.status = MigrationStatus.SETUP
+        if settings.qemu:
+            self._prepare_destination()
         self._listener = listen(settings.incoming)
         callback(self._listener.close)
         self._shards = Shards(self.memory, settings.workers)
@@ -146,6 +193,23 @@ class Coordinator:
             process.on_trouble = self._on_trouble
         await self._shards.ready()
         await self._open_sockets()
+
+    def _prepare_destination(self) -> None:
+        from sharded_pc.destination import QemuDestination  # needs a QMP client, `receive` does not
+
+        assert self.settings.attach is not None
+        folder = Path(tempfile.mkdtemp(prefix="sharded-pc-run-"))
+        self._exit.callback(shutil.rmtree, folder, ignore_errors=True)
+        self.destination = QemuDestination(
+            self.settings.qemu,
+            self.memory,
+            folder,
+            self.settings.attach,
+            self.request_page,
+            lambda pid: self._attach is not None and self._attach.has_guest(pid),
+        )
+        self._exit.push_async_callback(self.destination.end)
+        self.destination.check()
 
     async def _open_sockets(self) -> None:
         settings = self.settings
@@ -200,7 +264,8 @@ class Coordinator:
             raise
         finally:
             await self._end_return_path()
-        await self._last_word()
+        if self._attach is not None:
+            await self._attach.completed()
 
     def _announce(self) -> None:
         if self.settings.status_fd is not None:
@@ -231,11 +296,18 @@ class Coordinator:
         self._exit.callback(os.close, fd)
         return fd
 
-    async def _last_word(self) -> None:
-        if self._attach is not None:
-            await self._attach.completed()
-        if self._qmp is not None:
+    async def last_word(self) -> None:
+        """Lets control clients that are connected ask how it ended, for a moment."""
+        if self._qmp is not None and not self._cancelled.is_set():
             await self._qmp.idle(LAST_WORD_SECONDS)
+
+    async def retire(self) -> None:
+        """The migration has completed: no worker and no attach socket is needed any more."""
+        if self._starting is not None:
+            self._starting.cancel()  # it would take the guest's end for a failure
+        await self._shards.stop()
+        if self._attach is not None:
+            await self._attach.close()
 
     async def _fail(self, error: ShardedPcError) -> None:
         self.error = error
@@ -245,8 +317,6 @@ class Coordinator:
         self.status_changed(MigrationStatus.FAILED)
         if self._attach is not None:
             await self._attach.failed(str(error))
-        if self._qmp is not None and not self._cancelled.is_set():
-            await self._qmp.idle(LAST_WORD_SECONDS)
 
     def quit(self) -> None:
         """Ends the migration now (QMP quit, signals)."""
@@ -280,6 +350,33 @@ class Coordinator:
         await self._shards.tell("geometry")
         if self._attach is not None:
             self._attach.geometry_known()
+        if self.destination is not None:
+            self._starting = asyncio.create_task(self._start_destination(self.destination))
+            self._exit.callback(self._starting.cancel)
+
+    async def _start_destination(self, destination: QemuDestination) -> None:
+        """While the source precopies.  A destination that cannot run ends the migration while the
+        source still can."""
+        try:
+            await destination.start()
+            await destination.lost()
+        except ShardedPcError as error:
+            self._end(error)
+
+    async def load_devices(self, data: bytes) -> None:
+        assert self.destination is not None and self._starting is not None
+        try:
+            await self.destination.ready()
+            await self.destination.resume(self.machine, data)
+        except ShardedPcError as error:
+            self._end(error)
+            raise
+
+    def request_page(self, block: int, page: int) -> None:
+        """Asks the source for a page that nobody faulted on."""
+        name = self.memory.geometry.blocks[block].name
+        if self._return_path is not None:
+            self._return_path.post(return_path.req_pages(page * PAGE_BYTES, PAGE_BYTES, name))
 
     def open_return_path(self) -> None:
         if self._return_path is not None:

@@ -9,7 +9,9 @@ QEMU's words for the same: migration/savevm.c loadvm_postcopy_handle_*.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 from sharded_pc.errors import (
@@ -19,7 +21,7 @@ from sharded_pc.errors import (
 )
 from sharded_pc.geometry import PAGE_BYTES, RamBlock
 from sharded_pc.memory import GuestMemory
-from sharded_pc.native.ram import Ram, Records, Stop, Stream, WireClosed
+from sharded_pc.native.ram import Ram, Records, Stop, Stopped, Stream, WireClosed
 from sharded_pc.state import Message, MigrationStatus, PostcopyState, advance, listening
 from sharded_pc.wire import events, return_path
 from sharded_pc.wire import ram as ram_text
@@ -45,6 +47,13 @@ class Receiver(Protocol):
 
     def running(self) -> None: ...
 
+    def configured(self, machine: str) -> None:
+        """The source's machine type."""
+
+    def load_devices(self, data: bytes) -> Future | None:
+        """Starts a destination's loading of device state; None if nobody loads it.  The stream
+        goes on meanwhile."""
+
     def placed(self) -> None:
         """Every page is here: release the guests."""
 
@@ -66,6 +75,9 @@ class Incoming:
         self._has_return_path = False
         self.devices = b""
         self.description: bytes | None = None
+        self._loading: Future | None = None
+        self._deferred: list | None = None
+        self._loaded = threading.Event()
         self._handlers: dict[type, tuple[Message | None, Callable]] = {
             events.Configuration: (None, self._configuration),
             events.RamBlocks: (None, self._blocks),
@@ -78,9 +90,9 @@ class Incoming:
             events.SwitchoverStart: (Message.SWITCHOVER_START, _nothing),
             events.Packaged: (Message.PACKAGED, self._packaged),
             events.PostcopyListen: (Message.POSTCOPY_LISTEN, self._listen),
-            events.PackagedDevices: (Message.PACKAGED_DEVICES, self._take_devices),
+            events.PackagedDevices: (Message.PACKAGED_DEVICES, self._load_packaged),
             events.PostcopyRun: (Message.POSTCOPY_RUN, self._run),
-            events.Devices: (Message.DEVICES, self._take_devices),
+            events.Devices: (Message.DEVICES, self._load_precopied),
             events.Eof: (Message.EOF, self._eof),
             events.VmDescription: (Message.VMDESCRIPTION, self._describe),
         }
@@ -155,12 +167,45 @@ class Incoming:
             raise
 
     def _handle(self, event: object) -> None:
+        if self._deferred is not None:
+            self._defer(event)
+            return
+        if isinstance(event, events.Eof):
+            self._await_load()
         message, handler = self._handlers[type(event)]
         state = self.state
         after = advance(state, message) if message is not None else state
         handler(event)
         if after != state and self.state == state:
             self._control.exchange_postcopy_state(after)
+
+    # Device state that a destination loads while the stream goes on
+
+    def _defer(self, event: object) -> None:
+        """The rest of the package says that device state was loaded: true only once it is."""
+        assert self._deferred is not None and self._loading is not None
+        self._deferred.append(event)
+        if isinstance(event, events.PostcopyRun):
+            rest, self._deferred = self._deferred, None
+            self._loading.add_done_callback(lambda future: self._after_load(future, rest))
+
+    def _after_load(self, future: Future, rest: list) -> None:
+        """On the thread that loaded: now answer PINGs and run."""
+        try:
+            if not future.cancelled() and future.exception() is None:
+                for event in rest:
+                    self._handle(event)
+        finally:
+            self._loaded.set()
+
+    def _await_load(self) -> None:
+        """Raises what the loading raised; Stopped."""
+        if self._loading is None:
+            return
+        while not self._loaded.wait(0.1):
+            if self._stop.is_set:
+                raise Stopped("stopped")
+        self._loading.result()
 
     # RAM records, in C
 
@@ -181,7 +226,7 @@ class Incoming:
     # What each event does
 
     def _configuration(self, event: events.Configuration) -> None:
-        pass  # the machine type matters to whoever runs the guest
+        self._receiver.configured(event.machine)
 
     def _blocks(self, event: events.RamBlocks) -> None:
         self._receiver.define(event.blocks)
@@ -255,8 +300,21 @@ class Incoming:
         self._receiver.listen()
         self._status(MigrationStatus.POSTCOPY_ACTIVE)
 
-    def _take_devices(self, event: events.PackagedDevices | events.Devices) -> None:
+    def _load_packaged(self, event: events.PackagedDevices) -> None:
         self.devices = event.data
+        self._loading = self._receiver.load_devices(event.data)
+        if self._loading is not None:
+            self._deferred = []
+
+    def _load_precopied(self, event: events.Devices) -> None:
+        """All RAM is here: whoever maps it runs on plain memory from now on."""
+        self.devices = event.data
+        self._control.note_stopped()
+        self._ram.drain()
+        self._receiver.placed()
+        self._loading = self._receiver.load_devices(event.data)
+        if self._loading is not None:
+            self._loading.add_done_callback(lambda future: self._after_load(future, []))
 
     def _run(self, event: events.PostcopyRun) -> None:
         self._control.note_running()
@@ -265,6 +323,8 @@ class Incoming:
     def _eof(self, event: events.Eof) -> None:
         if self._ram is None:
             raise RemoteProtocolError("the stream ends before any RAM")
+        if self._loading is not None and not listening(self.state):
+            self._control.note_running()
         self._ram.drain()
         if not listening(self.state):
             return

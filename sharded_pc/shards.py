@@ -97,7 +97,9 @@ class ShardProcess:
             await self._wait(answer)
 
     async def stop(self) -> None:
-        """Ends the process: asked, then killed.  Never raises."""
+        """Ends the process: asked, then killed.  Never raises; a second call does nothing."""
+        if self._stopping:
+            return
         self._stopping = True
         try:
             self._conn.send(("stop",))

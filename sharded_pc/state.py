@@ -86,7 +86,7 @@ TRANSITIONS: dict[tuple[PostcopyState, Message], PostcopyState] = {
     **_stay(_INCOMING, _M.PING),
     **_stay(_PRE, _M.OPEN_RETURN_PATH, _M.RAM_SETUP, _M.DEVICES, _M.VMDESCRIPTION, _M.EOF),
     **_stay((*_PRE, _S.DISCARD), _M.SWITCHOVER_START),
-    **_stay((*_PRE, _S.RUNNING), _M.RAM_PRECOPY, _M.RAM_END),
+    **_stay((*_PRE, _S.LISTENING, _S.RUNNING), _M.RAM_PRECOPY, _M.RAM_END),
     (_S.NONE, _M.POSTCOPY_ADVISE): _S.ADVISE,
     (_S.ADVISE, _M.POSTCOPY_RAM_DISCARD): _S.DISCARD,
     (_S.DISCARD, _M.POSTCOPY_RAM_DISCARD): _S.DISCARD,

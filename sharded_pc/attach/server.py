@@ -7,7 +7,9 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
+import struct
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
 from sharded_pc.attach import protocol
 from sharded_pc.errors import AttachError, ShardError, ShardedPcError
@@ -85,8 +87,14 @@ class AttachServer:
             _tell(sock, protocol.error(text))
             sock.shutdown(socket.SHUT_RDWR)
 
+    def has_guest(self, pid: int) -> bool:
+        """The process `pid`, or a child of it, has handed its userfaultfds over."""
+        return any(pid in _ancestry(_peer_pid(sock)) for sock in self._guests.values())
+
     async def close(self) -> None:
-        """Removes the socket; clients see the end of the stream."""
+        """Removes the socket; clients see the end of the stream.  A second call does nothing."""
+        if self._sock.fileno() < 0:
+            return
         self._accepting.cancel()
         for task in self._clients:
             task.cancel()
@@ -208,6 +216,22 @@ class AttachServer:
         if self._over.is_set():
             _tell(client, self._last_word)
         self._free.append(slot)
+
+
+def _peer_pid(sock: socket.socket) -> int:
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return struct.unpack("3i", raw)[0]
+
+
+def _ancestry(pid: int) -> Iterator[int]:
+    """The process and its parents."""
+    while pid > 1:
+        yield pid
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return
+        pid = int(stat.rpartition(")")[2].split()[1])
 
 
 def _check_uffds(uffds: list[int]) -> None:

@@ -16,6 +16,7 @@ from sharded_pc.errors import ExitCode, ShardedPcError
 COMMANDS = {
     "check": "sharded_pc.cli.check:Check",
     "receive": "sharded_pc.cli.receive:Receive",
+    "run": "sharded_pc.cli.run:Run",
     "status": "sharded_pc.cli.status:Status",
     "demo": "sharded_pc.cli.demo:Demo",
     "clean": "sharded_pc.cli.clean:Clean",

@@ -8,8 +8,13 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from sharded_pc.errors import ExitCode, ShardedPcError, UsageError
+
+if TYPE_CHECKING:
+    from sharded_pc.coordinator import Settings
 
 
 def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +41,7 @@ def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def settings_of(args: argparse.Namespace):
+def settings_of(args: argparse.Namespace) -> Settings:
     """Coordinator settings from the command line; UsageError."""
     from sharded_pc import address
     from sharded_pc.coordinator import Settings, runtime_path
@@ -75,46 +80,62 @@ class Receive:
 
 
 async def _receive(args: argparse.Namespace) -> int:
-    from sharded_pc.coordinator import Coordinator
-    from sharded_pc.observe.progress import Progress
+    return await Session(args, settings_of(args)).run(_leave)
 
-    settings = settings_of(args)
 
-    def listening(address: object) -> None:
+async def _leave(session: Session) -> int:
+    await session.coordinator.last_word()
+    return int(ExitCode.COMPLETED)
+
+
+class Session:
+    """One migration from the command line: announces, shows progress, reports, ends on signals."""
+
+    def __init__(self, args: argparse.Namespace, settings: Settings) -> None:
+        from sharded_pc.coordinator import Coordinator
+
+        self._args = args
+        self._settings = settings
+        self.signals = Signals()
+        self.coordinator = Coordinator(settings, self._listening)
+
+    def _listening(self, address: object) -> None:
         print(f"listening on {address}", file=sys.stderr)
-        print(f"guests attach at {settings.attach}", file=sys.stderr, flush=True)
+        print(f"guests attach at {self._settings.attach}", file=sys.stderr, flush=True)
 
-    ended = _Signals()
-    coordinator = Coordinator(settings, listening)
-    try:
-        async with coordinator:
-            ended.call(coordinator.quit)
-            async with Progress(coordinator.memory, enabled=not args.no_progress):
-                info = await _outcome(coordinator)
-    except ShardedPcError as error:
-        # Before a source could connect: nothing to report but the error.
-        return ended.exit_code or _failed(error)
-    _report(args, info)
-    if coordinator.error is None:
-        return int(ExitCode.COMPLETED)
-    return ended.exit_code or _failed(coordinator.error)
+    async def run(self, afterwards: Callable[[Session], Awaitable[int]]) -> int:
+        """Receives; then `afterwards(session)` gives the exit code of a migration that has
+        completed."""
+        try:
+            async with self.coordinator:
+                self.signals.call(self.coordinator.quit)
+                info = await self._outcome()
+                self._report(info)
+                if self.coordinator.error is None:
+                    return await afterwards(self)
+                await self.coordinator.last_word()
+        except ShardedPcError as error:
+            # Before a source could connect: nothing to report but the error.
+            return self.signals.exit_code or _failed(error)
+        return self.signals.exit_code or _failed(self.coordinator.error)
 
+    async def _outcome(self) -> dict:
+        """migration_info, whether it went well or not; a failure is in `coordinator.error`."""
+        from sharded_pc.observe.progress import Progress
 
-async def _outcome(coordinator) -> dict:
-    """migration_info, whether it went well or not; a failure is in `coordinator.error`."""
-    try:
-        return await coordinator.receive()
-    except ShardedPcError:
-        return coordinator.info()
+        async with Progress(self.coordinator.memory, enabled=not self._args.no_progress):
+            try:
+                return await self.coordinator.receive()
+            except ShardedPcError:
+                return self.coordinator.info()
 
+    def _report(self, info: dict) -> None:
+        from sharded_pc.observe.progress import summary
 
-def _report(args: argparse.Namespace, info: dict) -> None:
-    from sharded_pc.observe.progress import summary
-
-    if args.json:
-        print(json.dumps(info), flush=True)
-    if info["status"] == "completed":
-        print(summary(info), file=sys.stderr)
+        if self._args.json:
+            print(json.dumps(info), flush=True)
+        if info["status"] == "completed":
+            print(summary(info), file=sys.stderr)
 
 
 def _failed(error: ShardedPcError) -> int:
@@ -122,7 +143,7 @@ def _failed(error: ShardedPcError) -> int:
     return int(error.exit_code)
 
 
-class _Signals:
+class Signals:
     """SIGINT and SIGTERM end the receiver in order; the exit code says which it was."""
 
     def __init__(self) -> None:

@@ -5,6 +5,7 @@
 
 #include "control.h"
 #include "ram.h"
+#include "records.h"
 
 enum { WORDS = SP_PAGE_BYTES / 8 };
 
@@ -65,18 +66,6 @@ size_t sp_guest_visit(uint8_t *base, uint64_t seed, uint32_t block, const uint64
     return n;
 }
 
-static size_t put_header(uint8_t *dst, uint64_t value, const char *name)
-{
-    uint64_t be = __builtin_bswap64(value);
-    memcpy(dst, &be, 8);
-    if (!name)
-        return 8;
-    size_t len = strlen(name);
-    dst[8] = (uint8_t)len;
-    memcpy(dst + 9, name, len);
-    return 9 + len;
-}
-
 size_t sp_oracle_records(uint8_t *dst, const char *name, int go_on, uint64_t seed, uint32_t block,
                          const uint64_t *pages, size_t n, const uint8_t *versions)
 {
@@ -85,7 +74,7 @@ size_t sp_oracle_records(uint8_t *dst, const char *name, int go_on, uint64_t see
         uint8_t version = versions[pages[i]];
         uint64_t named = go_on || i ? SP_RAM_CONTINUE : 0;
         uint64_t kind = version ? SP_RAM_PAGE : SP_RAM_ZERO;
-        at += put_header(at, pages[i] * SP_PAGE_BYTES | kind | named, named ? NULL : name);
+        at += sp_record_header(at, pages[i] * SP_PAGE_BYTES | kind | named, named ? NULL : name);
         if (version) {
             sp_oracle_fill(at, seed, block, pages[i], version);
             at += SP_PAGE_BYTES;

@@ -87,6 +87,7 @@ static void take_outbox(sp_return_path *rp)
     memcpy(rp->out + rp->n_out, rp->outbox, rp->n_outbox);
     rp->n_out += rp->n_outbox;
     rp->n_outbox = 0;
+    rp->last_block = UINT32_MAX; /* what was posted may have named a block */
     atomic_store(&rp->posted, 0);
     pthread_mutex_unlock(&rp->lock);
 }

@@ -6,6 +6,7 @@
 #include "control.h"
 #include "oracle.h"
 #include "ram.h"
+#include "records.h"
 #include "return_path.h"
 #include "ring.h"
 #include "status.h"

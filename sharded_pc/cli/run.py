@@ -1,0 +1,54 @@
+"""`sharded-pc run INCOMING [options] -- QEMU ARGS`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import sys
+
+from sharded_pc.cli.receive import Session, add_receiver_arguments, settings_of
+from sharded_pc.errors import ExitCode
+
+
+class Run:
+    """Receives a migration and resumes its guest in a QEMU on the shared memory."""
+
+    name = "run"
+    help = "receive a migration and resume a QEMU guest on it"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_receiver_arguments(parser)
+        parser.add_argument(
+            "qemu",
+            nargs=argparse.REMAINDER,
+            metavar="-- QEMU ARGS",
+            help="the destination's usual command line: qemu-system-x86_64 and its arguments",
+        )
+
+    def run(self, args: argparse.Namespace) -> int:
+        return asyncio.run(_run(args))
+
+
+async def _run(args: argparse.Namespace) -> int:
+    words = args.qemu[1:] if args.qemu[:1] == ["--"] else args.qemu
+    settings = dataclasses.replace(settings_of(args), qemu=tuple(words))
+    from sharded_pc.qemu_args import check_arguments
+
+    check_arguments(settings.qemu)
+    session = Session(args, settings)
+    return await session.run(_stay_with_guest)
+
+
+async def _stay_with_guest(session: Session) -> int:
+    """The guest runs on plain shared memory; this process stays its parent."""
+    coordinator = session.coordinator
+    await coordinator.retire()
+    destination = coordinator.destination
+    assert destination is not None
+    await destination.leave_monitor()
+    session.signals.call(destination.terminate)
+    code = await destination.exited()
+    if code and not session.signals.exit_code:
+        print(f"sharded-pc: QEMU ended with {code}", file=sys.stderr)
+    return session.signals.exit_code or code or int(ExitCode.COMPLETED)

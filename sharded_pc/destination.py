@@ -1,0 +1,291 @@
+"""A stock QEMU that goes on with the source's guest on our shared memory.
+
+It is started when the source's blocks are known, with the preload library that hands its
+userfaultfds over as it maps the segments; when the source's device state is here it is fed a
+synthetic precopy stream (wire/resume.py) and runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+
+from sharded_pc import qemu_args
+from sharded_pc.attach.preload import library_path
+from sharded_pc.errors import GuestLost, HostError, ShardedPcError
+from sharded_pc.geometry import PAGE_BYTES, RamBlock
+from sharded_pc.memory import GuestMemory
+from sharded_pc.native.records import block_records
+from sharded_pc.shm import ROOT
+from sharded_pc.wire import resume
+
+log = logging.getLogger(__name__)
+
+START_SECONDS = 30.0
+"""From starting QEMU to its monitor answering with its memory mapped."""
+PAGES_SECONDS = 60.0
+"""For the pages of blocks that are not shared to arrive after they were asked for."""
+LOAD_SECONDS = 60.0
+"""For QEMU to take the device state."""
+CHUNK_PAGES = 256
+
+
+class QemuFailed(ShardedPcError):
+    """QEMU did not start, or did not take the stream; its own message is on standard error."""
+
+
+class QemuDestination:
+    """One destination.  `arguments` is the user's command line, program first; sockets are made in
+    `folder`.  `request(block, page)` asks the source for a page; `has_attached(pid)` tells whether
+    that process has handed its userfaultfds over."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        memory: GuestMemory,
+        folder: Path,
+        attach_path: str,
+        request: Callable[[int, int], None],
+        has_attached: Callable[[int], bool],
+    ) -> None:
+        self._arguments = arguments
+        self._memory = memory
+        self._folder = folder
+        self._attach_path = attach_path
+        self._request = request
+        self._has_attached = has_attached
+        self._plan: qemu_args.Plan | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._exit: asyncio.Task[int] | None = None
+        self._qmp = QMPClient("destination")
+        self._events = EventListener(("MIGRATION", "RESUME"))
+        self._ready = asyncio.Event()
+        self.resumed = False
+
+    def check(self) -> None:
+        """What can be refused before a source connects; HostError, UsageError."""
+        qemu_args.check_arguments(self._arguments)
+        program = self._arguments[0]
+        if shutil.which(program) is None:
+            raise HostError(
+                f"QEMU {program!r} is not there; install it (Debian: apt-get install "
+                f"qemu-system-x86) or name it with its path"
+            )
+        library_path()
+
+    async def start(self) -> None:
+        """Starts QEMU on the segments and waits until it has mapped them; HostError, UsageError,
+        QemuFailed."""
+        ram = self._memory.geometry
+        assert ram is not None
+        paths = {
+            block.name: str(ROOT / segment.name.lstrip("/"))
+            for block, segment in zip(ram.blocks, self._memory.blocks, strict=True)
+        }
+        self._plan = qemu_args.plan(self._arguments, ram.blocks, paths)
+        shared = [paths[backend.block.name] for backend in self._plan.backends]
+        monitor = self._folder / "monitor"
+        self._process = await asyncio.create_subprocess_exec(
+            *self._plan.arguments,
+            "-qmp",
+            f"unix:{monitor},server=on,wait=off",
+            env=self._environment(shared),
+        )
+        self._exit = asyncio.create_task(self._process.wait())
+        await self._unless_exited(self._connect(monitor), START_SECONDS, "open its monitor")
+        if not self._has_attached(self._process.pid):
+            raise QemuFailed(
+                "QEMU runs without the preload library (a static or setuid binary?): its RAM would "
+                "not wait for missing pages"
+            )
+        await self._listen_for_stream()
+        self._ready.set()
+
+    async def ready(self) -> None:
+        """Returns when start() has done its work; QemuFailed if it takes too long."""
+        try:
+            await asyncio.wait_for(self._ready.wait(), START_SECONDS)
+        except TimeoutError:
+            raise QemuFailed(f"QEMU did not start within {START_SECONDS:.0f} s") from None
+
+    def _environment(self, segments: list[str]) -> dict[str, str]:
+        preload = [str(library_path()), *filter(None, [os.environ.get("LD_PRELOAD")])]
+        return {
+            **os.environ,
+            "LD_PRELOAD": ":".join(preload),
+            "SHARDED_PC_ATTACH": self._attach_path,
+            "SHARDED_PC_SEGMENTS": ":".join(segments),
+            "SHARDED_PC_ATTACH_TIMEOUT": str(int(START_SECONDS)),
+        }
+
+    async def _connect(self, monitor: Path) -> None:
+        self._qmp.logger.setLevel(logging.CRITICAL)  # refused attempts are expected
+        while True:
+            with contextlib.suppress(QMPError, OSError):
+                await self._qmp.connect(str(monitor))
+                break
+            await asyncio.sleep(0.01)
+        self._qmp.register_listener(self._events)
+
+    async def _listen_for_stream(self) -> None:
+        wanted = [{"capability": c, "state": True} for c in ("x-ignore-shared", "events")]
+        try:
+            await self._qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
+            uri = f"unix:{self._folder / 'stream'}"
+            await self._qmp.execute("migrate-incoming", {"uri": uri})
+        except (ExecuteError, QMPError) as error:
+            raise QemuFailed(f"QEMU does not wait for the stream: {error}") from error
+
+    async def _unless_exited(self, wanted: Awaitable, seconds: float, doing: str):
+        """The result of `wanted`; QemuFailed if QEMU exits or `seconds` pass before."""
+        assert self._exit is not None
+        task = asyncio.ensure_future(wanted)
+        try:
+            await asyncio.wait(
+                {task, self._exit}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+            if task.done():
+                return task.result()
+            if self._exit.done():
+                raise QemuFailed(
+                    f"QEMU {_ending(self._exit.result())} before it could {doing} (its message "
+                    f"stands above)"
+                )
+            raise QemuFailed(f"QEMU did not {doing} within {seconds:.0f} s")
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    # Resuming
+
+    async def resume(self, machine: str, devices: bytes) -> None:
+        """Feeds QEMU what it needs to go on; returns when it has taken it (and runs, unless -S).
+        QemuFailed."""
+        await self._all_private_pages()
+        await self._unless_exited(
+            asyncio.to_thread(self._send_stream, machine, devices), LOAD_SECONDS, "read the stream"
+        )
+        await self._unless_exited(self._taken(), LOAD_SECONDS, "take the device state")
+        self.resumed = True
+
+    def _private(self) -> list[tuple[int, RamBlock]]:
+        """Blocks that QEMU keeps in memory of its own, with their index."""
+        assert self._plan is not None and self._memory.geometry is not None
+        shared = {backend.block.name for backend in self._plan.backends}
+        blocks = enumerate(self._memory.geometry.blocks)
+        return [(index, block) for index, block in blocks if block.name not in shared]
+
+    def _missing_private(self) -> list[tuple[int, int, int]]:
+        """(block, page, bit) of pages of private blocks that have not arrived."""
+        out = []
+        for index, block in self._private():
+            first = self._memory.control.block(index)[2]
+            if self._memory.received.count(first, block.pages) < block.pages:
+                bits = range(first, first + block.pages)
+                out += [(index, b - first, b) for b in bits if not self._memory.received.test(b)]
+        return out
+
+    async def _all_private_pages(self) -> None:
+        missing = self._missing_private()
+        for index, page, bit in missing:
+            if self._memory.requested.claim(bit):
+                self._request(index, page)
+        await self._unless_exited(self._private_here(), PAGES_SECONDS, "get its own blocks' pages")
+
+    async def _private_here(self) -> None:
+        """The placing processes have no way to call us: looks every millisecond."""
+        while self._missing_private():
+            await asyncio.sleep(0.001)
+
+    def _names(self) -> list[tuple[RamBlock, int]]:
+        """All blocks under the destination's names, with their addresses."""
+        assert self._plan is not None and self._memory.geometry is not None
+        backends = {backend.block.name: backend for backend in self._plan.backends}
+        out = []
+        for block in self._memory.geometry.blocks:
+            backend = backends.get(block.name)
+            name = backend.id if backend else block.name
+            out.append((RamBlock(name, block.size), backend.address if backend else 0))
+        return out
+
+    def _send_stream(self, machine: str, devices: bytes) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(LOAD_SECONDS)
+            try:
+                sock.connect(str(self._folder / "stream"))
+                sock.sendall(resume.head(machine, self._names()))
+                for index, block in self._private():
+                    self._send_block(sock, index, block)
+                sock.sendall(resume.tail(devices))
+            except OSError as error:
+                # QEMU has closed the stream: its monitor says why.
+                log.debug("the destination closed its stream: %s", error)
+
+    def _send_block(self, sock: socket.socket, index: int, block: RamBlock) -> None:
+        """Reads by descriptor: our mapping is registered in no userfaultfd, but holes stay holes."""
+        fd, step = self._memory.blocks[index].fd, CHUNK_PAGES * PAGE_BYTES
+        for offset in range(0, block.size, step):
+            content = os.pread(fd, min(step, block.size - offset), offset)
+            sock.sendall(block_records(block.name, offset // PAGE_BYTES, content))
+
+    async def _taken(self) -> None:
+        async for event in self._events:
+            status = event.get("data", {}).get("status") if event["event"] == "MIGRATION" else None
+            if status == "completed":
+                return
+            if status == "failed":
+                raise QemuFailed(
+                    "QEMU did not take the device state (its message stands above); are its "
+                    "arguments those of the source?"
+                )
+
+    # Afterwards
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    async def exited(self) -> int:
+        """QEMU's exit code, when it ends; 128 + N for a signal."""
+        assert self._exit is not None
+        code = await asyncio.shield(self._exit)
+        return 128 - code if code < 0 else code
+
+    async def lost(self) -> None:
+        """Raises GuestLost when QEMU ends (QemuFailed if its guest never ran here); never returns
+        otherwise."""
+        assert self._exit is not None
+        code = await asyncio.shield(self._exit)
+        if self.resumed:
+            raise GuestLost(f"QEMU {_ending(code)} while pages were missing")
+        raise QemuFailed(f"QEMU {_ending(code)} before the guest could go on there")
+
+    def terminate(self) -> None:
+        """Asks QEMU to end, as SIGTERM does."""
+        if self._process is not None and self._exit is not None and not self._exit.done():
+            self._process.terminate()
+
+    async def leave_monitor(self) -> None:
+        """The monitor is no longer needed; the guest goes on."""
+        with contextlib.suppress(QMPError, OSError, EOFError):
+            await self._qmp.disconnect()
+
+    async def end(self) -> None:
+        """No QEMU afterwards: killed if it is still there.  Never raises."""
+        await self.leave_monitor()
+        if self._process is not None and self._exit is not None:
+            if not self._exit.done():
+                self._process.kill()
+            await asyncio.gather(self._exit, return_exceptions=True)
+
+
+def _ending(code: int) -> str:
+    return f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
