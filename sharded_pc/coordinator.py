@@ -82,30 +82,6 @@ class _Bridge:
     def define(self, blocks: tuple[RamBlock, ...]) -> None:
         self._call(self._coordinator.define(blocks))
 
-    async def _start_destination(self, destination: QemuDestination) -> None:
-        """While the source precopies.  A destination that cannot run ends the migration while the
-        source still can."""
-        try:
-            await destination.start()
-            await destination.lost()
-        except ShardedPcError as error:
-            self._end(error)
-
-    async def load_devices(self, data: bytes) -> None:
-        assert self.destination is not None and self._starting is not None
-        try:
-            await self.destination.ready()
-            await self.destination.resume(self.machine, data)
-        except ShardedPcError as error:
-            self._end(error)
-            raise
-
-    def request_page(self, block: int, page: int) -> None:
-        """Asks the source for a page that nobody faulted on."""
-        name = self.memory.geometry.blocks[block].name
-        if self._return_path is not None:
-            self._return_path.post(return_path.req_pages(page * PAGE_BYTES, PAGE_BYTES, name))
-
     def open_return_path(self) -> None:
         self._coordinator.open_return_path()
 
