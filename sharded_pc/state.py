@@ -9,7 +9,7 @@ table for the present state is a protocol error; there are no other checks of th
 Rule 2: the table knows messages, not bytes: whether a message is well formed is the wire's business.
 
 `Message` names what the stream can bring; commands carry QEMU's names without MIG_CMD_.
-docs/states.md is drawn from this table (`python -m sharded_pc.state`).
+docs/states.md is drawn from this table (`tools/draw-states`).
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def markdown() -> str:
     lines = [
         "# States of an incoming migration",
         "",
-        "Drawn from `sharded_pc/state.py` by `python -m sharded_pc.state`; a test holds them equal.",
+        "Drawn from `sharded_pc/state.py` by `tools/draw-states`; a test holds them equal.",
         "",
         "```mermaid",
         "stateDiagram-v2",
@@ -147,6 +147,3 @@ def markdown() -> str:
         lines.append(f"| {message.value} | " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
-
-if __name__ == "__main__":
-    print(markdown(), end="")
