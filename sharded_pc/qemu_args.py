@@ -28,7 +28,7 @@ _REFUSED_DEVICES = {
     "virtio-mem-pci": "its plugged memory is not in the stream",
 }
 _VALUED = ("-m", "-machine", "-M", "-object", "-numa", "-incoming", "-overcommit", "-device")
-_UNITS = {"": 1 << 20, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_UNITS = {"B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,12 +73,13 @@ def join_options(options: Mapping[str, str]) -> str:
     return ",".join([*head, *(f"{key}={value}" for key, value in escaped.items())])
 
 
-def size_bytes(text: str) -> int:
-    """QEMU's size: a number of MiB, or with a suffix; UsageError."""
+def size_bytes(text: str, unit: str) -> int:
+    """QEMU's size: a number of `unit` (MiB for -m, bytes for objects), or with a suffix of its own;
+    UsageError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([BKMGT]?)(?:i?B)?", text.strip().upper())
     if not match:
         raise UsageError(f"memory size {text!r}: expected a number such as 512, 512M or 4G")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(float(match[1]) * _UNITS[match[2] or unit])
 
 
 class _Options:
@@ -121,7 +122,7 @@ def _object_keys(text: str) -> dict[str, str]:
         raw = json.loads(text)
     except ValueError:
         raise UsageError(f"QEMU option -object {text[:60]!r} is not JSON") from None
-    kind = raw.pop("qom-type", "")
+    kind = raw.pop("qom-type", raw.pop("driver", ""))
     return {"": kind, **{key: str(value) for key, value in raw.items()}}
 
 
@@ -142,7 +143,7 @@ def _main_size(options: _Options) -> int:
     sizes = options.values("-m")
     if not sizes:
         return 128 << 20  # QEMU's default
-    return size_bytes(sizes[-1].get("size") or sizes[-1].get("", "128"))
+    return size_bytes(sizes[-1].get("size") or sizes[-1].get("", "128"), "M")
 
 
 def _wanted(options: _Options) -> list[tuple[str, int]]:
@@ -161,7 +162,7 @@ def _wanted(options: _Options) -> list[tuple[str, int]]:
         keys = objects[id_][1]
         if keys.get("hugetlb") in ("on", "True", "true"):
             raise UsageError(f"QEMU memory backend {id_!r} with hugetlb=on: expected normal pages")
-        out.append((id_, size_bytes(keys.get("size", "0"))))
+        out.append((id_, size_bytes(keys.get("size", "0"), "B")))
     return out
 
 
