@@ -22,8 +22,14 @@ from typing import TYPE_CHECKING
 
 from sharded_pc import host
 from sharded_pc.address import Address
-from sharded_pc.attach.server import AttachServer
-from sharded_pc.errors import Cancelled, HostError, ShardedPcError, ShardError
+from sharded_pc.attach.server import STEP_SECONDS, AttachServer
+from sharded_pc.errors import (
+    Cancelled,
+    HostError,
+    RemoteProtocolError,
+    ShardedPcError,
+    ShardError,
+)
 from sharded_pc.geometry import PAGE_BYTES, Geometry, RamBlock
 from sharded_pc.incoming import Incoming
 from sharded_pc.memory import GuestMemory
@@ -65,6 +71,8 @@ class Settings:
     status_fd: int | None = None
     stripe_bytes: int | None = None
     """None: geometry.default_stripe_bytes"""
+    attach_step_seconds: float = STEP_SECONDS
+    """patience with a client in the middle of the hand-over"""
     qemu: tuple[str, ...] = ()
     """command line of a destination to resume; (): none"""
 
@@ -191,7 +199,13 @@ class Coordinator:
         settings = self.settings
         try:
             if settings.attach is not None:
-                server = AttachServer(settings.attach, self.memory, self._add_guest, self._drop_guest)
+                server = AttachServer(
+                    settings.attach,
+                    self.memory,
+                    self._add_guest,
+                    self._drop_guest,
+                    settings.attach_step_seconds,
+                )
                 self._attach = server
                 self._exit.push_async_callback(server.close)
                 for process in self._shards.processes:
@@ -372,7 +386,12 @@ class Coordinator:
 
     def post(self, message: bytes) -> None:
         assert self._return_path is not None
-        self._return_path.post(message)
+        try:
+            self._return_path.post(message)
+        except HostError:  # ENOBUFS
+            raise RemoteProtocolError(
+                "the source does not read its return path: too many answers to it wait"
+            ) from None
 
     async def _end_return_path(self) -> None:
         if self._return_path is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
 from sharded_pc import qemu_args
-from sharded_pc.attach.preload import library_path
+from sharded_pc.attach.preload import environment, library_path
 from sharded_pc.errors import GuestLost, HostError, ShardedPcError
 from sharded_pc.geometry import PAGE_BYTES, RamBlock
 from sharded_pc.memory import GuestMemory
@@ -97,7 +97,7 @@ class QemuDestination:
             *self._plan.arguments,
             "-qmp",
             f"unix:{monitor},server=on,wait=off",
-            env=self._environment(shared),
+            env={**os.environ, **environment(self._attach_path, shared, timeout=START_SECONDS)},
         )
         self._exit = asyncio.create_task(self._process.wait())
         await self._unless_exited(self._connect(monitor), START_SECONDS, "open its monitor")
@@ -115,16 +115,6 @@ class QemuDestination:
             await asyncio.wait_for(self._ready.wait(), START_SECONDS)
         except TimeoutError:
             raise QemuFailed(f"QEMU did not start within {START_SECONDS:.0f} s") from None
-
-    def _environment(self, segments: list[str]) -> dict[str, str]:
-        preload = [str(library_path()), *filter(None, [os.environ.get("LD_PRELOAD")])]
-        return {
-            **os.environ,
-            "LD_PRELOAD": ":".join(preload),
-            "SHARDED_PC_ATTACH": self._attach_path,
-            "SHARDED_PC_SEGMENTS": ":".join(segments),
-            "SHARDED_PC_ATTACH_TIMEOUT": str(int(START_SECONDS)),
-        }
 
     async def _connect(self, monitor: Path) -> None:
         self._qmp.logger.setLevel(logging.CRITICAL)  # refused attempts are expected

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import mmap
 import os
 import re
@@ -30,6 +31,9 @@ from sharded_pc.errors import HostError, UsageError
 
 ROOT = Path("/dev/shm")
 """Where Linux shows POSIX shared memory."""
+
+NAME_MAX = 255
+"""Bytes of a file's name."""
 
 CONTROL, POOL, BITMAPS = "%control", "%pool", "%bitmaps"
 
@@ -47,9 +51,13 @@ def check_name(name: str) -> str:
 
 
 def block_segment_name(receiver: str, block: str) -> str:
-    """POSIX name of a block's segment: '/guest0.pc.ram', '/guest0.%2From@etc%2Facpi%2Ftables'."""
+    """POSIX name of a block's segment: '/guest0.pc.ram', '/guest0.%2From@etc%2Facpi%2Ftables'; a
+    name too long for a file is a digest, '/guest0.~1f3a...'."""
     raw = block.encode("utf-8", "surrogateescape")
-    return f"/{receiver}." + "".join(chr(b) if b in _KEPT else f"%{b:02X}" for b in raw)
+    plain = "".join(chr(b) if b in _KEPT else f"%{b:02X}" for b in raw)
+    if len(receiver) + len(plain) >= NAME_MAX:
+        plain = "~" + hashlib.sha256(raw).hexdigest()
+    return f"/{receiver}.{plain}"
 
 
 class Segment:

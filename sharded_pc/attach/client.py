@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Mapping
@@ -135,11 +136,18 @@ def attach(
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(timeout)
     try:
-        sock.connect(target)
+        _connect(sock, target)
         return _hand_over(sock, timeout, wait_ready)
     except BaseException:
         sock.close()
         raise
+
+
+def _connect(sock: socket.socket, path: str) -> None:
+    try:
+        sock.connect(path)
+    except (FileNotFoundError, ConnectionRefusedError):  # refused: its receiver is dead
+        raise FileNotFoundError(errno.ENOENT, "no receiver listens there", path) from None
 
 
 def _hand_over(sock: socket.socket, timeout: float | None, wait_ready: bool) -> Guest:

@@ -22,7 +22,8 @@ from sharded_pc.transport.incoming import bind_unix
 log = logging.getLogger(__name__)
 
 STEP_SECONDS = 10.0
-"""A client that says nothing for so long in the middle of the hand-over is dropped."""
+USERFAULTFD = "anon_inode:[userfaultfd]"
+"""What /proc/self/fd says of one; no file's path can."""
 
 
 class AttachServer:
@@ -30,7 +31,8 @@ class AttachServer:
 
     `add(slot, addresses, mode, uffds)` and `drop(slot, release)` tell the workers; both are
     serialised here for each guest.  The coordinator says when things are known: geometry_known(),
-    ready(), completed(), failed().
+    ready(), completed(), failed().  A client that says nothing for `step_seconds` in the middle of
+    the hand-over is dropped.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class AttachServer:
         memory: GuestMemory,
         add: Callable[[int, list[int], int, list[int]], Awaitable[None]],
         drop: Callable[[int, bool], Awaitable[None]],
+        step_seconds: float = STEP_SECONDS,
     ) -> None:
         self.path = path
         self._memory = memory
         self._add = add
         self._drop = drop
+        self._step_seconds = step_seconds
         self._sock = bind_unix(path)
         self._geometry = asyncio.Event()
         self._ready = asyncio.Event()
@@ -119,14 +123,14 @@ class AttachServer:
         except ShardedPcError as error:
             log.warning("attach refused: %s", error)
             _tell(client, protocol.error(str(error)))
-        except (ConnectionError, TimeoutError) as error:
-            log.warning("attach given up: %s", error or "the client said nothing")
+        except ConnectionError as error:
+            log.warning("attach given up: %s", error)
         finally:
             inbox.close()
             client.close()
 
     async def _talk(self, client: socket.socket, inbox: fds.Inbox) -> None:
-        mode = protocol.check_attach(await _message(client, inbox))
+        mode = protocol.check_attach(await self._message(client, inbox))
         gone = asyncio.create_task(_end_of(client))
         try:
             if not await _first(self._geometry.wait(), gone):
@@ -139,12 +143,24 @@ class AttachServer:
         over = self._over.is_set()
         offer = protocol.geometry(self._memory.name, ram, None if over else mode)
         fds.send(client, offer, [block.fd for block in self._memory.blocks])
-        addresses = protocol.check_mappings(await _message(client, inbox), ram)
+        addresses = protocol.check_mappings(await self._message(client, inbox), ram)
         if over:
             _tell(client, {"attached": {"guest": -1}})
             _tell(client, self._last_word)
             return
         await self._serve_guest(client, inbox, ram, addresses, mode)
+
+    async def _message(self, client: socket.socket, inbox: fds.Inbox) -> object:
+        message = fds.receive_message_async(client, inbox)
+        try:
+            answer = await asyncio.wait_for(message, self._step_seconds)
+        except TimeoutError:
+            raise AttachError(
+                f"the client said nothing for {self._step_seconds:g} s in the middle of the hand-over"
+            ) from None
+        if answer is None:
+            raise ConnectionError("the client went away in the middle of the hand-over")
+        return answer
 
     async def _serve_guest(
         self,
@@ -237,7 +253,7 @@ def _ancestry(pid: int) -> Iterator[int]:
 def _check_uffds(uffds: list[int]) -> None:
     for fd in uffds:
         kind = os.readlink(f"/proc/self/fd/{fd}")
-        if "userfaultfd" not in kind:
+        if kind != USERFAULTFD:
             raise AttachError(f"descriptor handed over is {kind}, expected a userfaultfd")
 
 
@@ -245,13 +261,6 @@ def _tell(client: socket.socket, message: dict) -> None:
     """Small and rare, so the socket's buffer takes it; a client that is gone needs no answer."""
     with contextlib.suppress(OSError):
         fds.send(client, message)
-
-
-async def _message(client: socket.socket, inbox: fds.Inbox) -> object:
-    message = await asyncio.wait_for(fds.receive_message_async(client, inbox), STEP_SECONDS)
-    if message is None:
-        raise ConnectionError("the client went away in the middle of the hand-over")
-    return message
 
 
 async def _end_of(client: socket.socket) -> None:

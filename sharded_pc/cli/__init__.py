@@ -46,9 +46,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before and behind the first "--"."""
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    # What stands behind "--" is another program's; argparse would mix it with our options.
+    head, tail = _split(words)
+    args = parser.parse_args(head)
+    if tail and not hasattr(args, "qemu"):
+        parser.error(f"{args.command} takes no command behind --")
+    args.qemu = tail
     logging.basicConfig(
         level=args.log_level.upper(), format="sharded-pc: %(levelname)s: %(message)s", stream=sys.stderr
     )

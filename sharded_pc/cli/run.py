@@ -19,20 +19,18 @@ class Run:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_receiver_arguments(parser)
-        parser.add_argument(
-            "qemu",
-            nargs=argparse.REMAINDER,
-            metavar="-- QEMU ARGS",
-            help="the destination's usual command line: qemu-system-x86_64 and its arguments",
+        parser.usage = "sharded-pc run INCOMING [options] -- QEMU ARGS"
+        parser.epilog = (
+            "QEMU ARGS is the destination's usual command line: qemu-system-x86_64 and its arguments."
         )
+        parser.set_defaults(qemu=[])
 
     def run(self, args: argparse.Namespace) -> int:
         return asyncio.run(_run(args))
 
 
 async def _run(args: argparse.Namespace) -> int:
-    words = args.qemu[1:] if args.qemu[:1] == ["--"] else args.qemu
-    settings = dataclasses.replace(settings_of(args), qemu=tuple(words))
+    settings = dataclasses.replace(settings_of(args), qemu=tuple(args.qemu))
     from sharded_pc.qemu_args import check_arguments
 
     check_arguments(settings.qemu)

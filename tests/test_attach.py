@@ -1,0 +1,516 @@
+"""The attach socket: guests of every age get right bytes, bad clients get an error and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import re
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import sharded_pc
+from sharded_pc import shm
+from sharded_pc.attach import protocol
+from sharded_pc.errors import AttachError
+from sharded_pc.native.core import ffi
+from sharded_pc.native.uffd import Uffd
+from sharded_pc.transport import fds
+from tests.qemu import wait_until
+from tests.synthetic import (
+    BLOCKS,
+    ORACLE,
+    WAIT_S,
+    Background,
+    GuestFailed,
+    GuestProcess,
+    Receiving,
+    missing_pages,
+    open_source,
+)
+
+pytestmark = pytest.mark.uffd
+
+MISSING = missing_pages(ORACLE, 0)
+SHARDS = 2
+
+
+@pytest.fixture
+def receiver(tmp_path: Path, unique_name: str) -> Iterator[Receiving]:
+    with Receiving(tmp_path, unique_name, workers=SHARDS) as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def source(receiver: Receiving) -> Iterator:
+    with open_source(receiver.sock) as source:
+        yield source
+
+
+def guests(receiver: Receiving) -> int:
+    return receiver.coordinator.memory.control.view.n_guests
+
+
+# --- when guests come ---
+
+
+def test_guests_of_every_age_see_the_right_bytes(receiver, source):
+    """Guests that attach before the geometry is known, during precopy and when most pages are
+    missing: READY comes with LISTENING and not before, COMPLETED with the last page."""
+    with GuestProcess() as early, GuestProcess() as middle, GuestProcess() as late:
+        early.say("attach", receiver.attach)
+        source.set_up()
+        wait_until(lambda: guests(receiver) == 1, "the early guest", WAIT_S)
+        assert middle.ask("attach", receiver.attach, wait_ready=False)["completed"] is False
+        middle.say("wait_ready")
+        source.precopy()
+        receiver.wait_received(sum(block.pages for block in BLOCKS))
+        assert early.silent() and middle.silent(), "READY before LISTENING"
+        source.switch()
+        assert {early.answer()["number"], late.ask("attach", receiver.attach)["number"]} == {0, 2}
+        assert middle.answer() is False, "READY is not COMPLETED"
+        for seed, guest in enumerate((early, middle, late)):
+            guest.say("visit_all", seed, threads=2)
+        source.send_pages(0, MISSING[:50])
+        source.end()
+        for guest in (early, middle, late):
+            assert guest.answer() == []
+            assert guest.ask("wait") is True
+            assert guest.ask("wait") is True, "completed stays completed"
+        receiver.finish()
+
+
+def test_one_of_three_guests_is_killed_in_the_middle(receiver, source):
+    """Three processes on the same RAM wait for pages; one dies: the others go on and finish."""
+    with GuestProcess() as one, GuestProcess() as two, GuestProcess() as doomed:
+        source.begin()
+        for seed, guest in enumerate((one, two, doomed)):
+            guest.ask("attach", receiver.attach)
+            guest.say("visit_all", seed, threads=3)
+        for _ in range(30):
+            block, page = source.request()
+            source.send_pages(block, [page])
+        assert one.silent() and two.silent() and doomed.silent()
+        os.kill(doomed.pid, signal.SIGKILL)
+        wait_until(lambda: guests(receiver) == 2, "the receiver to forget it", WAIT_S)
+        source.end()
+        assert one.answer() == two.answer() == []
+        assert one.ask("wait") is two.ask("wait") is True
+        receiver.finish()
+
+
+def test_a_guest_leaves_and_comes_back(receiver, source):
+    """It keeps a copy of each userfaultfd while it is attached, gives them up when it detaches, and
+    gets a fresh, right view when it attaches again."""
+    with GuestProcess() as guest:
+        source.begin()
+        guest.ask("attach", receiver.attach)
+        assert guest.ask("userfaultfds") == SHARDS
+        source.send_pages(0, MISSING[:20])
+        assert guest.ask("visit", 0, MISSING[:20]) is None
+        assert guest.ask("userfaultfds") == SHARDS
+        guest.ask("close")
+        assert guest.ask("userfaultfds") == 0
+        wait_until(lambda: guests(receiver) == 0, "the receiver to forget it", WAIT_S)
+        source.send_pages(0, MISSING[20:40])
+        assert guest.ask("attach", receiver.attach)["number"] is not None
+        assert guest.ask("visit", 0, MISSING[:40]) is None
+        guest.say("visit_all")
+        source.end()
+        assert guest.answer() == []
+        receiver.finish()
+
+
+def test_the_ninth_guest_is_refused_until_one_leaves(receiver, source):
+    source.begin()
+    with contextlib.ExitStack() as stack:
+
+        def attach() -> sharded_pc.Guest:
+            return stack.enter_context(sharded_pc.attach(receiver.attach, timeout=WAIT_S))
+
+        eight = [attach() for _ in range(8)]
+        assert sorted(guest.number for guest in eight) == list(range(8))
+        with pytest.raises(AttachError, match="8 guests are attached already; close one first"):
+            attach()
+        eight[5].close()
+        wait_until(lambda: guests(receiver) == 7, "the receiver to forget it", WAIT_S)
+        assert attach().number == 5
+        source.end()
+        receiver.finish()
+
+
+# --- after the end, by name ---
+
+
+@pytest.fixture
+def kept(tmp_path: Path, unique_name: str) -> Iterator[str]:
+    """The name of a receiver that has completed and left its RAM."""
+    with (
+        Receiving(tmp_path, unique_name, workers=1, keep=True) as receiver,
+        open_source(receiver.sock) as source,
+    ):
+        source.begin()
+        with pytest.raises(AttachError, match=f"{unique_name!r} is still receiving: attach to its"):
+            sharded_pc.attach(unique_name)
+        source.end()
+        receiver.finish()
+    yield unique_name
+    for found in shm.receivers():
+        if found.name == unique_name:
+            shm.remove(found)
+
+
+def test_kept_ram_by_name_is_memory_to_slice(kept):
+    """`sharded_pc.attach(NAME)`: writable memoryviews of every block, right to the last byte,
+    nothing registered; close() refuses while a slice of it is in use."""
+    with sharded_pc.attach(kept) as guest:
+        assert guest.completed and guest.number is None
+        guest.wait()
+        assert {name: len(view) for name, view in guest.blocks.items()} == {
+            block.name: block.size for block in BLOCKS
+        }
+        for index, block in enumerate(BLOCKS):
+            view = guest.blocks[block.name]
+            assert isinstance(view, memoryview) and not view.readonly
+            assert ORACLE.first_wrong(index, view, ORACLE.final(index)) is None
+        page = guest.blocks["pc.ram"][4096:8192]
+        assert bytes(page) == ORACLE.page(0, 1, ORACLE.final(0)[1])
+        page[:5] = b"guest"
+        assert bytes(guest.blocks["pc.ram"][4096:4101]) == b"guest"
+        with pytest.raises(TypeError):
+            guest.blocks["pc.ram"] = page
+        page.release()
+
+
+def test_kept_ram_as_numpy_arrays(kept):
+    numpy = pytest.importorskip("numpy", reason="needs NumPy: pip install numpy")
+    with sharded_pc.attach(kept) as guest:
+        words = numpy.frombuffer(guest.blocks["pc.ram"], dtype=numpy.uint64)
+        page = words.reshape(-1, 512)[3]
+        assert page.tobytes() == ORACLE.page(0, 3, ORACLE.final(0)[3])
+        with pytest.raises(BufferError):
+            guest.close()
+        del words, page
+
+
+# --- nobody to attach to ---
+
+
+def test_attach_where_no_receiver_is(tmp_path, unique_name):
+    """A path without a socket, a socket whose receiver is dead, a name nobody has, a bad name."""
+    stale = str(tmp_path / "stale")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(stale)
+    for target in (tmp_path / "none", stale, unique_name):
+        with pytest.raises(FileNotFoundError) as caught:
+            sharded_pc.attach(target)
+        assert str(target) in str(caught.value)
+    with pytest.raises(sharded_pc.ShardedPcError, match="receiver name"):
+        sharded_pc.attach("a b")
+
+
+def test_attach_gives_up_after_its_timeout(receiver, source):
+    """Before the geometry is known the answer does not come; later READY does not."""
+    with pytest.raises(TimeoutError):
+        sharded_pc.attach(receiver.attach, timeout=0.1)
+    source.set_up()
+    with pytest.raises(TimeoutError):
+        sharded_pc.attach(receiver.attach, timeout=0.5)
+    with sharded_pc.attach(receiver.attach, timeout=WAIT_S, wait_ready=False) as guest:
+        with pytest.raises(TimeoutError):
+            guest.wait(0.1)
+        receiver.quit()
+        with pytest.raises(AttachError, match="the migration failed: ended on request"):
+            guest.wait(WAIT_S)
+
+
+# --- bad clients ---
+
+
+class Client:
+    """A client of the attach socket that says what it likes.  Closes all that it was given."""
+
+    def __init__(self, path: str) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(WAIT_S)
+        self.sock.connect(path)
+        self._inbox = fds.Inbox()
+        self._maps: list[mmap.mmap] = []
+        self._given: list[int] = []
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+        self._inbox.close()
+        for fd in self._given:
+            os.close(fd)
+
+    def raw(self, data: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused already
+            self.sock.sendall(data)
+
+    def say(self, message: object, rights: list[int] = ()) -> None:
+        fds.send(self.sock, message, rights)
+
+    def answer(self) -> object | None:
+        with contextlib.suppress(ConnectionResetError):
+            return fds.receive_message(self.sock, self._inbox)
+
+    def error(self) -> str | None:
+        """The receiver's last word, behind which it closes."""
+        message = self.answer()
+        assert self.answer() is None, "the socket is still open"
+        return message and message["error"]["desc"]
+
+    def geometry(self) -> None:
+        """Its first two steps, as they should be."""
+        self.say(protocol.attach())
+        assert "geometry" in self.answer()
+
+    def map(self, size: int) -> int:
+        """The address of memory of its own."""
+        self._maps.append(mmap.mmap(-1, size))
+        with ffi.from_buffer(self._maps[-1]) as buffer:
+            return int(ffi.cast("uintptr_t", buffer))
+
+    def give(self, fd: int) -> int:
+        self._given.append(fd)
+        return fd
+
+    def uffds(self, count: int = SHARDS) -> list[int]:
+        return [self.give(Uffd.open().fd) for _ in range(count)]
+
+    def hand_over(self, addresses: object, rights: list[int]) -> None:
+        self.geometry()
+        self.say({"mappings": {"addresses": addresses}}, rights)
+
+
+def greeting(message: object) -> Callable[[Client], None]:
+    raw = message if isinstance(message, bytes) else json.dumps(message).encode()
+    return lambda client: client.raw(raw)
+
+
+def attach_with(**changes: object) -> Callable[[Client], None]:
+    return greeting({"attach": {"version": 1, "modes": ["missing"], **changes}})
+
+
+def flood(client: Client) -> None:
+    """More descriptors than one message may bring, in two."""
+    for _ in range(2):
+        socket.send_fds(client.sock, [b"["], [client.sock.fileno()] * fds.MAX_FDS)
+
+
+Table = dict[str, tuple[Callable[[Client], None], str]]
+GREETINGS: Table = {
+    "rubbish": (greeting(b"\xff\0rubbish"), "not JSON"),
+    "nested": (greeting(b"[" * 60_000), "nested too deeply"),
+    "without end": (greeting(b'"' + b"x" * (1 << 20)), "more than 65536 bytes"),
+    "a huge number": (greeting(b"[" + b"9" * 6000 + b"]"), "4300 digits"),
+    "a number": (greeting(b"1 "), "expected {'attach': {...}}, got 1"),
+    "an empty array": (greeting([]), r"got \[\]"),
+    "null": (greeting({"attach": None}), "expected {'attach'"),
+    "another step": (greeting(protocol.mappings({})), "expected {'attach'"),
+    "version 2": (attach_with(version=2), "attach version 2, expected 1"),
+    "no version": (attach_with(version=None), "attach version None, expected 1"),
+    "no modes": (attach_with(modes=[]), r"attach modes \[\], expected a list with 'missing'"),
+    "unknown modes": (attach_with(modes=["minor", ["x"]]), "attach modes"),
+    "modes that are none": (attach_with(modes="missing"), "attach modes 'missing'"),
+    "too many descriptors": (flood, "more descriptors than this process can take"),
+}
+
+
+def address(*values: object) -> Callable[[Client], None]:
+    """Claims that the blocks are mapped at these addresses."""
+    names = [block.name for block in BLOCKS]
+    return lambda c: c.hand_over(dict(zip(names, values, strict=False)), c.uffds())
+
+
+def descriptors(make: Callable[[Client], list[int]]) -> Callable[[Client], None]:
+    """Hands these over instead of one userfaultfd for each shard."""
+    return lambda c: c.hand_over({"pc.ram": c.map(BLOCKS[0].size)}, make(c))
+
+
+def unmapped(client: Client) -> None:
+    """An address where it had memory."""
+    at = client.map(BLOCKS[0].size)
+    client._maps.pop().close()
+    client.hand_over({"pc.ram": at}, client.uffds())
+
+
+def files(*paths: str) -> Callable[[Client], list[int]]:
+    return lambda c: [c.give(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) for path in paths]
+
+
+def after_geometry(message: object) -> Callable[[Client], None]:
+    def say(client: Client) -> None:
+        client.geometry()
+        greeting(message)(client)
+
+    return say
+
+
+HANDOVERS: Table = {
+    "rubbish": (after_geometry(b"{]"), "not JSON"),
+    "another step": (after_geometry(protocol.attach()), "expected {'mappings'"),
+    "no addresses": (after_geometry({"mappings": {"addresses": [1]}}), "without addresses"),
+    "an unknown block": (after_geometry(protocol.mappings({"\ud800": 4096})), "unknown block"),
+    **{
+        f"address {value!r}": (address(value), "'pc.ram' cannot be mapped at address")
+        for value in (4097, 0, -4096, True, 4096.0, "4096", None, [], 1 << 64, (1 << 64) - 4096, 1 << 99)
+    },
+    "overlap": (address(1 << 30, (1 << 30) + 4096), "two blocks are mapped at address 0x40001000"),
+    "unmapped": (unmapped, "cannot be registered with the guest's userfaultfd of shard"),
+    "a page of the kernel": (address(0xFFFF800000000000), "cannot be registered"),
+    "no descriptors": (descriptors(lambda c: []), "0 userfaultfds handed over, expected one for"),
+    "too few": (descriptors(lambda c: c.uffds(1)), "1 userfaultfds handed over"),
+    "too many": (descriptors(lambda c: c.uffds(3)), "3 userfaultfds handed over"),
+    "253": (descriptors(lambda c: c.uffds(1) * 253), "253 userfaultfds handed over"),
+    "files": (descriptors(files("/dev/null", "/")), "is /dev/null, expected a userfaultfd"),
+}
+
+
+def memfds(client: Client) -> list[int]:
+    return [client.give(os.memfd_create("userfaultfd")) for _ in range(SHARDS)]
+
+
+def without_handshake(client: Client) -> list[int]:
+    """userfaultfd(2) alone; the kernel's UFFDIO_API has not been asked."""
+    call = ctypes.CDLL(None).syscall
+    return [client.give(call(323, os.O_CLOEXEC | 1)) for _ in range(SHARDS)]
+
+
+HANDOVERS |= {
+    "memory with that name": (descriptors(memfds), "is /memfd:userfaultfd .*, expected a userfaultfd"),
+    "no handshake": (descriptors(without_handshake), "cannot be registered"),
+}
+SILENCES = {
+    "nothing": greeting(b""),
+    "half a greeting": greeting(b'{"attach": {"version": 1, "mo'),
+    "after the geometry": after_geometry(b""),
+    "half a hand-over": after_geometry(b'{"mappings": {"addr'),
+}
+
+
+def refusals(receiver: Receiving, table: Table) -> dict[str, str | None]:
+    """What clients were told, where that is not the one clear error it should be."""
+    wrong = {}
+    for name, (speak, expected) in table.items():
+        with Client(receiver.attach) as client:
+            speak(client)
+            told = client.error()
+            if not re.search(expected, told or ""):
+                wrong[name] = told
+    return wrong
+
+
+def leave_in_each_step(receiver: Receiving, *, geometry: bool) -> None:
+    """Clients that go away without a word."""
+    steps = [lambda c: None, SILENCES["half a greeting"], greeting(protocol.attach())]
+    if geometry:
+        steps += [Client.geometry, SILENCES["half a hand-over"]]
+        steps += [lambda c: c.hand_over({}, c.uffds()), lambda c: c.hand_over({}, [])]
+    for step in steps:
+        with Client(receiver.attach) as client:
+            step(client)
+
+
+def descriptor_counts(receiver: Receiving) -> list[int]:
+    pids = [os.getpid(), *receiver.worker_pids()]
+    return [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids]
+
+
+def annoy(receiver: Receiving, *, geometry: bool = True) -> None:
+    """All bad clients; the receiver keeps none of their descriptors."""
+    before, attached = descriptor_counts(receiver), guests(receiver)
+    assert refusals(receiver, GREETINGS) == {}
+    if geometry:
+        assert refusals(receiver, HANDOVERS) == {}
+    leave_in_each_step(receiver, geometry=geometry)
+    wait_until(lambda: descriptor_counts(receiver) == before, f"{before} descriptors", WAIT_S)
+    assert guests(receiver) == attached
+
+
+def test_bad_clients_get_an_error_and_nobody_else_notices(receiver, source, caplog):
+    """Before the geometry, in precopy and in postcopy, with a good guest beside them."""
+    with GuestProcess() as good, GuestProcess() as later:
+        annoy(receiver, geometry=False)
+        good.say("attach", receiver.attach)
+        source.set_up()
+        wait_until(lambda: guests(receiver) == 1, "the good guest", WAIT_S)
+        annoy(receiver)
+        source.precopy()
+        source.switch()
+        good.answer()
+        good.say("visit_all")
+        source.request()
+        annoy(receiver)
+        later.ask("attach", receiver.attach)
+        later.say("visit_all")
+        source.end()
+        assert good.answer() == later.answer() == []
+        receiver.finish()
+    assert {record.levelname for record in caplog.records} == {"WARNING"}, caplog.text
+
+
+def test_silent_clients_are_sent_away(tmp_path, unique_name):
+    """Whatever step a client falls silent in, it is told and dropped."""
+    with (
+        Receiving(tmp_path, unique_name, workers=SHARDS, attach_step_seconds=0.2) as receiver,
+        open_source(receiver.sock) as source,
+    ):
+        source.set_up()
+        said = "the client said nothing for 0.2 s in the middle of the hand-over"
+        assert refusals(receiver, {k: (speak, said) for k, speak in SILENCES.items()}) == {}
+        source.precopy()
+        source.switch()
+        source.end()
+        receiver.finish()
+
+
+def harmless(client: Client) -> list[tuple[dict, list[int]]]:
+    """Lies that only the liar can suffer from: (addresses, userfaultfds)."""
+    one, _ = client.uffds()
+    return [
+        ({}, client.uffds()),
+        ({"pc.ram": client.map(BLOCKS[0].size)}, client.uffds()),
+        ({"pc.ram": client.map(BLOCKS[0].size)}, [one, one]),
+    ]
+
+
+def test_guests_with_other_memory_harm_nobody(receiver, source):
+    """A guest that hands over userfaultfds of memory that is not the RAM, the same one twice, or
+    maps nothing, is a guest that never faults; the others do not notice."""
+    with GuestProcess() as good, contextlib.ExitStack() as stack:
+        source.begin()
+        good.ask("attach", receiver.attach)
+        clients = [stack.enter_context(Client(receiver.attach)) for _ in range(3)]
+        for number, client in enumerate(clients):
+            client.hand_over(*harmless(client)[number])
+            assert "attached" in client.answer()
+            assert client.answer() == protocol.event("READY")
+        good.say("visit_all")
+        source.end()
+        assert good.answer() == []
+        assert [client.answer() for client in clients] == [protocol.event("COMPLETED")] * 3
+        receiver.finish()
+
+
+def test_an_unserviceable_guest_is_told_and_dropped(receiver, source):
+    """A userfaultfd that cannot be read: found out when faults are to be answered."""
+    with Client(receiver.attach) as client:
+        source.begin()
+        client.hand_over({}, without_handshake(client))
+        assert "attached" in client.answer()
+        told = [message for message in iter(client.answer, None) if "error" in message]
+        assert re.search("shard .: fault of guest 0 .*: Invalid argument", str(told[0]))
+        wait_until(lambda: guests(receiver) == 0, "the receiver to forget it", WAIT_S)
+        source.end()
+        receiver.finish()

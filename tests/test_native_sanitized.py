@@ -1,0 +1,49 @@
+"""The C core by itself: compiled with the sanitizers and all warnings, and run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+NATIVE = Path(__file__).parent.parent / "sharded_pc" / "native"
+TESTS = Path(__file__).parent / "native"
+SECONDS = 100
+
+CORE = sorted(set(NATIVE.glob("*.c")) - {NATIVE / "binding.c"})
+WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror")
+ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+THREAD = ("-fsanitize=thread",)
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+
+def run(command: list[str | Path]) -> None:
+    """The command, its output shown if it fails."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS
+    )
+    if done.returncode:
+        pytest.fail(f"{' '.join(map(str, command))}: exit {done.returncode}\n{done.stdout}")
+
+
+def build(program: Path, sanitizer: tuple[str, ...], sources: tuple[str, ...]) -> Path:
+    own = [TESTS / f"{name}.c" for name in sources]
+    flags = ["-std=gnu11", "-g", "-O1", *WARNINGS, *sanitizer, "-pthread"]
+    run(["cc", *flags, f"-I{NATIVE}", f"-I{TESTS}", "-o", program, *own, *CORE])
+    return program
+
+
+def test_undefined_behaviour_and_memory(tmp_path: Path) -> None:
+    """Every suite under the address and the undefined-behaviour sanitizer, leaks included."""
+    sources = ("test_core", "world", "shared", "stream", "pages", "return_path")
+    run([build(tmp_path / "test_core", ADDRESS, sources)])
+
+
+def test_threads(tmp_path: Path) -> None:
+    """What threads share, under the thread sanitizer."""
+    program = build(tmp_path / "test_threads", THREAD, ("test_threads", "world"))
+    # The sanitizer of older compilers cannot live with much address randomisation.
+    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
+    run([*fixed, program])
