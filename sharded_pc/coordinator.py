@@ -29,6 +29,7 @@ from sharded_pc.errors import (
     RemoteProtocolError,
     ShardedPcError,
     ShardError,
+    UsageError,
 )
 from sharded_pc.geometry import PAGE_BYTES, Geometry, RamBlock
 from sharded_pc.incoming import Incoming
@@ -38,7 +39,7 @@ from sharded_pc.native.return_path import ReturnPath
 from sharded_pc.observe.qmp import QmpServer
 from sharded_pc.observe.status import migration_info
 from sharded_pc.shards import Shards
-from sharded_pc.state import MigrationStatus
+from sharded_pc.state import MigrationStatus, listening
 from sharded_pc.transport.incoming import Listener, Wire, listen
 from sharded_pc.wire import return_path
 
@@ -167,6 +168,7 @@ class Coordinator:
         self.memory = GuestMemory.create(settings.name, settings.workers)
         callback(self._leave_memory)
         self.memory.control.status = MigrationStatus.SETUP
+        self._record_fd = self._open_recording()
         if settings.qemu:
             self._prepare_destination()
         self._listener = listen(settings.incoming)
@@ -241,11 +243,11 @@ class Coordinator:
         self._announce()
         self._wire = await self._or_cancelled(self._listener.accept())
         self._exit.callback(self._wire.close)
-        self._listener.close()
+        second = asyncio.create_task(self._refuse_second_connections())
+        self._exit.callback(second.cancel)
         self.memory.control.note_started()
-        record_fd = self._open_recording()
         bridge = _Bridge(self, asyncio.get_running_loop())
-        incoming = Incoming(self.memory, self._wire.fd, self._stop, bridge, record_fd)
+        incoming = Incoming(self.memory, self._wire.fd, self._stop, bridge, self._record_fd)
         try:
             await asyncio.to_thread(incoming.run)
         except ShardedPcError:
@@ -257,10 +259,32 @@ class Coordinator:
         if self._attach is not None:
             await self._attach.completed()
 
+    async def _refuse_second_connections(self) -> None:
+        """A source that opens another channel would wait for it for ever.  Before LISTENING the
+        migration fails, the source's guest goes on; later a stray connection is only closed."""
+        while True:
+            wire = await self._listener.accept()
+            wire.close()
+            if listening(self.memory.control.postcopy_state):
+                log.warning("a second connection during postcopy was closed")
+            else:
+                self._end(
+                    RemoteProtocolError(
+                        "the source opened a second connection (multifd or postcopy-preempt): turn "
+                        "these capabilities off",
+                        state=self.memory.control.postcopy_state.name,
+                    )
+                )
+
     def _announce(self) -> None:
-        if self.settings.status_fd is not None:
-            os.write(self.settings.status_fd, b"1")
         self._on_listening(self._listener.address)
+        if self.settings.status_fd is not None:
+            try:
+                os.write(self.settings.status_fd, b"1")
+            except OSError as error:
+                raise UsageError(
+                    f"status descriptor {self.settings.status_fd}: {error.strerror}"
+                ) from error
 
     async def _or_cancelled(self, wanted: Coroutine):
         """The result of `wanted`, unless trouble or quit() comes first."""
@@ -303,8 +327,10 @@ class Coordinator:
         self.error = error
         if not self.memory.control.totals.ended_ns:
             self.memory.control.note_ended()
-        self.memory.control.status = MigrationStatus.FAILED
-        self.status_changed(MigrationStatus.FAILED)
+        cancelled = isinstance(error, Cancelled)
+        status = MigrationStatus.CANCELLED if cancelled else MigrationStatus.FAILED
+        self.memory.control.status = status
+        self.status_changed(status)
         if self._attach is not None:
             await self._attach.failed(str(error))
 

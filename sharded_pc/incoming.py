@@ -297,8 +297,8 @@ class Incoming:
         self._ram.drain()  # every discard is done before a fault can be armed
         self._ram.enter_postcopy()
         self._control.exchange_postcopy_state(PostcopyState.LISTENING)
-        self._receiver.listen()
         self._status(MigrationStatus.POSTCOPY_ACTIVE)
+        self._receiver.listen()
 
     def _load_packaged(self, event: events.PackagedDevices) -> None:
         self.devices = event.data

@@ -46,7 +46,7 @@ def newer() -> QemuBinary:
     """A QEMU that under TCG loses no dirty page of a guest that writes during precopy."""
     if (newest := backports.newest_qemu()) and newest.version >= (10,):
         return newest
-    pytest.skip("needs QEMU >= 10: python -m tests.qemu.backports fetch")
+    pytest.skip("n/a: needs QEMU >= 10: python -m tests.qemu.backports fetch")
 
 
 # --- skips ---

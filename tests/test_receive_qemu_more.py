@@ -280,13 +280,6 @@ class TestSourceGivesUp:
                 check_equal(source, receiver, receiver.finish())
 
 
-SECOND_CONNECTION = pytest.mark.xfail(
-    strict=False,
-    reason="a second connection is not noticed: the text does not say what to turn off, and a 7.2 "
-    "source that failed keeps the first one open, so that the receiver waits for ever",
-)
-
-
 class TestRefusals:
     """What a source may not use is named."""
 
@@ -307,7 +300,6 @@ class TestRefusals:
                 begin_precopy(source, receiver.uri(), rate=64 * MIB)
                 check_refused(source, receiver, 4, "compress")
 
-    @SECOND_CONNECTION
     def test_multifd(self, tmp_path, unique_name, binary):
         with booted(tmp_path, binary) as source:
             source.set_capabilities(multifd=True)
@@ -315,7 +307,6 @@ class TestRefusals:
                 begin_precopy(source, receiver.uri(), postcopy=False, rate=64 * MIB)
                 check_refused(source, receiver, 4, "multifd", timeout=5)
 
-    @SECOND_CONNECTION
     def test_postcopy_preempt(self, tmp_path, unique_name, binary):
         with booted(tmp_path, binary) as source:
             source.set_capabilities(postcopy_ram=True, postcopy_preempt=True)

@@ -18,6 +18,7 @@ COMMANDS = {
     "receive": "sharded_pc.cli.receive:Receive",
     "run": "sharded_pc.cli.run:Run",
     "status": "sharded_pc.cli.status:Status",
+    "bench": "sharded_pc.cli.bench:Bench",
     "demo": "sharded_pc.cli.demo:Demo",
     "clean": "sharded_pc.cli.clean:Clean",
 }

@@ -4,6 +4,7 @@
 
 #include "bitmap.h"
 #include "control.h"
+#include "floor.h"
 #include "oracle.h"
 #include "ram.h"
 #include "records.h"

@@ -44,9 +44,11 @@ int sp_view_shard(sp_control *c, uint32_t index, sp_shard_view *v)
     sp_counters *n = &s->counters;
     COPY(n, pages);
     COPY(n, zero_pages);
-    COPY(n, second_pages);
     COPY(n, copies);
     COPY(n, urgent);
+    /* A page placed ahead of its turn meets its background descriptor later: no second arrival. */
+    uint64_t met_again = LOOK(n->second_pages);
+    v->second_pages = met_again > v->urgent ? met_again - v->urgent : 0;
     COPY(n, wakes);
     COPY(n, discarded);
     COPY(n, faults);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -77,6 +78,9 @@ class _ReadyListener(Listener):
         self._wire: Wire | None = wire
 
     async def accept(self) -> Wire:
+        """The wire; a second call waits for ever, as nobody else can come."""
+        if self._wire is None:
+            await asyncio.get_running_loop().create_future()
         wire, self._wire = self._wire, None
         assert wire is not None
         return wire
@@ -107,29 +111,34 @@ def _tcp(where: addr.TcpAddress) -> Listener:
 
 def bind_unix(path: str) -> socket.socket:
     """A listening Unix socket that only this user may connect to, non-blocking.  A socket that
-    nobody listens on any more is replaced; a live one, or another file, is not."""
+    nobody listens on any more is replaced; a live one, or another file, is not: HostError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_dead_socket(path)
         sock.bind(path)
         os.chmod(path, 0o600)
         sock.listen(8)
-    except OSError:
+    except OSError as error:
         sock.close()
-        raise
+        raise HostError(f"make the socket {path}: {error.strerror or error}") from error
     sock.setblocking(False)
     return sock
 
 
 def _remove_dead_socket(path: str) -> None:
+    """Probes with a datagram socket: a stream listener refuses it as EPROTOTYPE.  A stream that
+    connects to a live receiver would be taken for its source."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
             try:
                 probe.connect(path)
             except ConnectionRefusedError:
                 os.unlink(path)
+            except OSError as error:
+                if error.errno != errno.EPROTOTYPE:
+                    raise
 
 
 def _unix(where: addr.UnixAddress) -> Listener:

@@ -1,0 +1,217 @@
+#define _GNU_SOURCE
+#include "channel.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { RETRY_NS = 10 * 1000 * 1000 };
+
+int sp_fail(sp_trouble *trouble, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    vsnprintf(trouble->text, sizeof trouble->text, format, args);
+    va_end(args);
+    return -1;
+}
+
+uint64_t sp_clock_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* Waits until the socket is ready for `events`; the peer's going away counts. */
+static int wait_for(const sp_channel *channel, short events, uint64_t deadline,
+                    sp_trouble *trouble)
+{
+    struct pollfd pfd = {.fd = channel->sock, .events = events};
+    for (;;) {
+        int ms = -1;
+        if (deadline != SP_FOR_EVER) {
+            uint64_t now = sp_clock_ns();
+            uint64_t left = now < deadline ? (deadline - now + 999999) / 1000000 : 0;
+            ms = left < 60000 ? (int)left : 60000;
+        }
+        int n = poll(&pfd, 1, ms);
+        if (n > 0)
+            return 0;
+        if (n < 0 && errno != EINTR)
+            return sp_fail(trouble, "wait for the receiver: %s", strerror(errno));
+        if (n == 0 && deadline != SP_FOR_EVER && sp_clock_ns() >= deadline)
+            return sp_fail(trouble, "the receiver did not answer in time");
+    }
+}
+
+/* A full backlog of a Unix socket is EAGAIN, and nothing tells when it has room. */
+static int connect_until(int sock, const struct sockaddr_un *addr, uint64_t deadline)
+{
+    while (connect(sock, (const struct sockaddr *)addr, sizeof *addr)) {
+        if ((errno != EAGAIN && errno != EINTR) || sp_clock_ns() >= deadline)
+            return -1;
+        nanosleep(&(struct timespec){.tv_nsec = RETRY_NS}, NULL);
+    }
+    return 0;
+}
+
+int sp_channel_open(sp_channel *channel, const char *path, uint64_t deadline, sp_trouble *trouble)
+{
+    struct sockaddr_un addr = {.sun_family = AF_UNIX};
+    channel->n_rights = 0;
+    channel->used = channel->len = 0;
+    memset(&channel->cut, 0, sizeof channel->cut);
+    if (strlen(path) >= sizeof addr.sun_path)
+        return sp_fail(trouble, "connect to %s: the path is longer than a Unix socket's", path);
+    memcpy(addr.sun_path, path, strlen(path));
+    channel->sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (channel->sock < 0)
+        return sp_fail(trouble, "make a socket: %s", strerror(errno));
+    if (connect_until(channel->sock, &addr, deadline) == 0)
+        return 0;
+    int err = errno;
+    sp_channel_close(channel);
+    return sp_fail(trouble, "connect to %s: %s", path, strerror(err));
+}
+
+static ssize_t send_some(int sock, const char *data, size_t len, const int *fds, unsigned n_fds)
+{
+    union {
+        struct cmsghdr header;
+        char room[CMSG_SPACE(SP_MAX_RIGHTS * sizeof(int))];
+    } control;
+    struct iovec iov = {(void *)(uintptr_t)data, len};
+    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
+    if (n_fds) {
+        memset(&control, 0, sizeof control);
+        msg.msg_control = &control;
+        msg.msg_controllen = CMSG_SPACE(n_fds * sizeof(int));
+        control.header.cmsg_len = CMSG_LEN(n_fds * sizeof(int));
+        control.header.cmsg_level = SOL_SOCKET;
+        control.header.cmsg_type = SCM_RIGHTS;
+        memcpy(CMSG_DATA(&control.header), fds, n_fds * sizeof(int));
+    }
+    return sendmsg(sock, &msg, MSG_NOSIGNAL);
+}
+
+int sp_channel_send(sp_channel *channel, const char *data, size_t len, const int *fds,
+                    unsigned n_fds, uint64_t deadline, sp_trouble *trouble)
+{
+    while (len) {
+        ssize_t n = send_some(channel->sock, data, len, fds, n_fds);
+        if (n >= 0) {
+            data += n;
+            len -= (size_t)n;
+            n_fds = 0;
+        } else if (errno == EAGAIN) {
+            if (wait_for(channel, POLLOUT, deadline, trouble))
+                return -1;
+        } else if (errno != EINTR) {
+            return sp_fail(trouble, "speak to the receiver: %s", strerror(errno));
+        }
+    }
+    return 0;
+}
+
+static int keep_rights(sp_channel *channel, struct cmsghdr *cmsg)
+{
+    size_t n = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    const unsigned char *at = CMSG_DATA(cmsg);
+    int overflow = 0;
+    for (size_t i = 0; i < n; i++) {
+        int fd;
+        memcpy(&fd, at + i * sizeof fd, sizeof fd);
+        if (channel->n_rights < SP_MAX_RIGHTS) {
+            channel->rights[channel->n_rights++] = fd;
+        } else {
+            close(fd);
+            overflow = -1;
+        }
+    }
+    return overflow;
+}
+
+static int take_rights(sp_channel *channel, struct msghdr *msg)
+{
+    int rc = 0;
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c; c = CMSG_NXTHDR(msg, c))
+        if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS)
+            rc |= keep_rights(channel, c);
+    return rc || (msg->msg_flags & MSG_CTRUNC) ? -1 : 0;
+}
+
+/* Reads once: 1 something came, 0 the end, -1 trouble. */
+static int read_some(sp_channel *channel, uint64_t deadline, sp_trouble *trouble)
+{
+    union {
+        struct cmsghdr header;
+        char room[CMSG_SPACE(SP_MAX_RIGHTS * sizeof(int))];
+    } control;
+    for (;;) {
+        struct iovec iov = {channel->buf + channel->len, sizeof channel->buf - channel->len};
+        struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control,
+                             .msg_controllen = sizeof control};
+        ssize_t n = recvmsg(channel->sock, &msg, MSG_CMSG_CLOEXEC);
+        if (n < 0 && errno == EAGAIN) {
+            if (wait_for(channel, POLLIN, deadline, trouble))
+                return -1;
+            continue;
+        }
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return errno == ECONNRESET ? 0 : sp_fail(trouble, "hear the receiver: %s",
+                                                     strerror(errno));
+        if (take_rights(channel, &msg))
+            return sp_fail(trouble, "the receiver sent more descriptors than this process can "
+                                    "take; raise `ulimit -n`");
+        channel->len += (size_t)n;
+        return n > 0;
+    }
+}
+
+int sp_channel_receive(sp_channel *channel, sp_message *message, uint64_t deadline,
+                       sp_trouble *trouble)
+{
+    channel->len -= channel->used;
+    memmove(channel->buf, channel->buf + channel->used, channel->len);
+    channel->used = 0;
+    for (;;) {
+        long end = sp_message_end(&channel->cut, channel->buf, channel->len);
+        if (end > 0) {
+            channel->used = (size_t)end;
+            if (sp_message_parse(channel->buf, channel->used, message) == 0)
+                return 1;
+            end = -1;
+        }
+        if (end < 0)
+            return sp_fail(trouble, "the receiver said what the attach protocol does not allow");
+        if (channel->len == sizeof channel->buf)
+            return sp_fail(trouble, "the receiver's message is longer than %d bytes",
+                           SP_MESSAGE_ROOM);
+        int rc = read_some(channel, deadline, trouble);
+        if (rc <= 0)
+            return rc;
+    }
+}
+
+void sp_channel_drop_rights(sp_channel *channel)
+{
+    while (channel->n_rights)
+        close(channel->rights[--channel->n_rights]);
+}
+
+void sp_channel_close(sp_channel *channel)
+{
+    sp_channel_drop_rights(channel);
+    if (channel->sock >= 0)
+        close(channel->sock);
+    channel->sock = -1;
+}

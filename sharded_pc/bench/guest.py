@@ -1,0 +1,99 @@
+"""A guest process that touches pages when told to and says how long each took."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import random
+import signal
+from array import array
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+
+from sharded_pc.errors import GuestLost, ShardedPcError
+from sharded_pc.native import floor
+from sharded_pc.native.floor import Touched
+
+ANSWER_SECONDS = 300.0
+
+
+def order_of(pages: int, seed: int) -> array:
+    """All pages in a random order: the same in every process."""
+    order = list(range(pages))
+    random.Random(seed).shuffle(order)
+    return array("Q", order)
+
+
+@contextlib.contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes started within never hear ^C, not even while they import: it is their parent's to
+    end them."""
+    resource_tracker.ensure_running()  # its first start, inside start(), would unblock ^C
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _guest(conn: Connection, path: str, block: str) -> None:
+    """The process: ("touch", seed, threads, expected) is answered by (ns, latencies) or a text."""
+    import sharded_pc
+
+    with sharded_pc.attach(path, timeout=ANSWER_SECONDS) as guest:
+        conn.send("attached")
+        memory = guest.blocks[block]
+        while (command := conn.recv()) is not None:
+            conn.send(_touch(memory, *command))
+
+
+def _touch(memory: memoryview, seed: int, threads: int, expected: int) -> object:
+    pages = order_of(len(memory) // floor.PAGE_BYTES, seed)
+    try:
+        touched = floor.touch(memory, pages, threads, expected)
+    except ShardedPcError as error:
+        return str(error)
+    return touched.ns, touched.latencies
+
+
+class GuestProcess:
+    """The parent's end.  Its methods block."""
+
+    def __init__(self, path: str, block: str) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._conn, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_guest, args=(theirs, path, block), daemon=True)
+        with deaf_children():
+            self._process.start()
+        theirs.close()
+
+    def _answer(self) -> object:
+        try:
+            if self._conn.poll(ANSWER_SECONDS):
+                return self._conn.recv()
+        except (EOFError, ConnectionResetError):
+            raise GuestLost("the benchmark's guest process died") from None
+        raise GuestLost(f"the benchmark's guest said nothing for {ANSWER_SECONDS:.0f} s")
+
+    def wait_attached(self) -> None:
+        """Returns when memory may be touched; GuestLost."""
+        self._answer()
+
+    def touch(self, seed: int, threads: int, expected: int) -> Touched:
+        """Touches all pages once in order_of(seed); GuestLost."""
+        self._conn.send((seed, threads, expected))
+        answer = self._answer()
+        if isinstance(answer, str):
+            raise GuestLost(answer)
+        return Touched(*answer)  # type: ignore[misc]
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self) -> None:
+        """Ends it, however busy it is."""
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+        self._conn.close()

@@ -1,0 +1,160 @@
+"""The product without a source: memory, worker processes, attach socket, and C feeders.
+
+Everything here but the feeders (native/floor.h) is what a receiver runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from sharded_pc.attach.server import AttachServer
+from sharded_pc.bench.bare import FILLING
+from sharded_pc.bench.guest import GuestProcess, deaf_children
+from sharded_pc.errors import ShardedPcError
+from sharded_pc.geometry import PAGE_BYTES, Geometry, RamBlock
+from sharded_pc.memory import GuestMemory
+from sharded_pc.native import floor
+from sharded_pc.native.floor import Kind
+from sharded_pc.native.ram import Ram, Stop, Stopped, Stream
+from sharded_pc.shards import Shards
+
+BLOCK = "bench.ram"
+T = TypeVar("T")
+
+
+class Rig:
+    """One receiver's memory and workers: `async with Rig(name, size, workers) as rig`."""
+
+    def __init__(self, name: str, size: int, workers: int) -> None:
+        self._name, self._size, self._workers = name, size, workers
+        self._exit = contextlib.AsyncExitStack()
+        self._stop = Stop()
+        self._trouble: ShardedPcError | None = None
+        self._shards: Shards
+        self.memory: GuestMemory
+        self.guest: GuestProcess | None = None
+
+    async def __aenter__(self) -> Rig:
+        try:
+            await self._set_up()
+        except BaseException:
+            await self._exit.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._stop.set()
+        await self._exit.aclose()
+
+    async def _set_up(self) -> None:
+        self._exit.callback(self._stop.close)
+        self.memory = GuestMemory.create(self._name, self._workers)
+        self._exit.callback(self._leave_memory)
+        self.memory.define(Geometry.of((RamBlock(BLOCK, self._size),), self._workers))
+        self.memory.pool.map[:] = bytes([FILLING]) * self.memory.pool.size
+        with deaf_children():
+            self._shards = Shards(self.memory, self._workers)
+        self._exit.push_async_callback(self._shards.stop)
+        for process in self._shards.processes:
+            process.on_trouble = self._on_trouble
+        await self._shards.ready()
+        for word in ("geometry", "prepare", "listen"):
+            await self._shards.tell(word)
+
+    def _leave_memory(self) -> None:
+        self.memory.unlink()
+        self.memory.close()
+
+    def _on_trouble(self, error: ShardedPcError) -> None:
+        self._trouble = self._trouble or error
+        self._abort()
+
+    def _abort(self) -> None:
+        """Lets every C loop of ours, and the guest's, come to its end."""
+        self._stop.set()
+        if self.guest is not None:
+            self.guest.kill()
+
+    async def call(self, function: Callable[..., T], *arguments: object) -> T:
+        """Runs a C loop on a thread and never leaves it behind, for it uses our mappings."""
+        task = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._abort()
+            await asyncio.gather(task, return_exceptions=True)
+            raise
+        except ShardedPcError as error:
+            raise self._trouble or error from error
+
+    @property
+    def stripe_pages(self) -> int:
+        assert self.memory.geometry is not None
+        return self.memory.geometry.stripe_pages
+
+    async def feed(self, kind: Kind, batch: int) -> int:
+        """Hands the whole block to the workers; nanoseconds until they have done it."""
+        control, stop = self.memory.control, self._stop
+        return await self.call(floor.feed_block, control, 0, kind, batch, stop)
+
+    async def renew(self) -> None:
+        """Everything is missing again: the workers discard it, and nothing counts as requested."""
+        await self.feed(Kind.DISCARD, self.stripe_pages)
+        self.memory.requested.clear(0, self._size // PAGE_BYTES)
+
+    def copies(self) -> int:
+        """UFFDIO_COPY calls so far."""
+        return sum(shard.copies for shard in self.memory.control.shards())
+
+    def receive(self, fd: int) -> None:
+        """Takes one RAM section off a socket, as a receiver does after LISTENING; blocks."""
+        memory = self.memory
+        stream = Stream(fd, self._stop)
+        ram = Ram(
+            stream, memory.control, memory.received, memory.requested, memory.pool.map, self._stop
+        )
+        try:
+            ram.use_block(0, memory.blocks[0].fd)
+            ram.enter_postcopy()
+            ram.records()
+            ram.drain()
+        finally:
+            ram.release()
+
+    async def attach_guest(self) -> GuestProcess:
+        """Starts a guest process, attached over a real attach socket, and the page service."""
+        folder = self._exit.enter_context(tempfile.TemporaryDirectory(prefix="sharded-pc-bench-"))
+        path = str(Path(folder) / "attach")
+        server = AttachServer(path, self.memory, self._add_guest, self._drop_guest)
+        self._exit.push_async_callback(server.close)
+        server.geometry_known()
+        server.ready()
+        self.guest = GuestProcess(path, BLOCK)
+        self._exit.callback(self.guest.close)
+        await self.call(self.guest.wait_attached)
+        service = asyncio.create_task(asyncio.to_thread(self._serve))
+        self._exit.push_async_callback(self._end_of_service, service)
+        return self.guest
+
+    def _serve(self) -> None:
+        """Stands in for return path, wire and source."""
+        floor.feed_requests(self.memory.control, self._stop)
+
+    async def _end_of_service(self, service: asyncio.Task) -> None:
+        self._stop.set()
+        with contextlib.suppress(Stopped):
+            await service
+
+    async def _add_guest(
+        self, slot: int, addresses: list[int], mode: int, uffds: list[int]
+    ) -> None:
+        for process, fd in zip(self._shards.processes, uffds, strict=True):
+            await process.tell("guest", slot, addresses, mode, fd=fd)
+
+    async def _drop_guest(self, slot: int, release: bool) -> None:
+        await self._shards.tell("drop", slot, release)

@@ -1,0 +1,135 @@
+"""`sharded-pc bench`: one small class for each measurement, beside its floor in the same run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+
+from sharded_pc.errors import ExitCode, UsageError
+
+MAX_BATCH = 64
+MAX_THREADS = 64
+MAX_WORKERS = 64
+STRIPE_BYTES = 2 << 20
+
+
+def _size(text: str) -> int:
+    """'512M', '2G' or a number of MiB, as QEMU's -m; bytes."""
+    scale = {"M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper())
+    digits = text[:-1] if scale else text
+    if not digits.isdecimal() or int(digits) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 256M or 2G")
+    return int(digits) * (scale or 1 << 20)
+
+
+def _number(text: str, most: int) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 1 to {most}")
+    return int(text)
+
+
+def _numbers(most: int):
+    """A type for '1,2,4'."""
+    return lambda text: tuple(_number(part, most) for part in text.split(","))
+
+
+def _add_common(parser: argparse.ArgumentParser, size: str) -> None:
+    parser.add_argument("--size", type=_size, default=size, help=f"of the RAM (default {size})")
+    parser.add_argument(
+        "--workers", type=_numbers(MAX_WORKERS), default=(1, 2), metavar="N,...", help="default 1,2"
+    )
+    parser.add_argument(
+        "--repeat", type=lambda text: _number(text, 1000), default=5, metavar="N", help="default 5"
+    )
+    parser.add_argument("--json", action="store_true", help="one object, every repeat included")
+
+
+class Place:
+    """Placement cost."""
+
+    name = "place"
+    help = "cost of placing a page, by batch size and worker count"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        _add_common(parser, "256M")
+        parser.add_argument(
+            "--batch", type=_numbers(MAX_BATCH), default=(1, 4, 16, 64), metavar="PAGES,...",
+            help="pages for each descriptor and ioctl (default 1,4,16,64)",
+        )  # fmt: skip
+
+    def run(self, args: argparse.Namespace) -> int:
+        from sharded_pc.bench import place
+
+        settings = place.PlaceSettings(args.size, args.workers, args.batch, args.repeat)
+        return _tell(args, place, settings)
+
+
+class Fault:
+    """Fault latency and rate."""
+
+    name = "fault"
+    help = "time from a guest's fault to its resumption, by workers and guest threads"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        _add_common(parser, "128M")
+        parser.add_argument(
+            "--threads", type=_numbers(MAX_THREADS), default=(1, 2), metavar="N,...",
+            help="of the guest (default 1,2)",
+        )  # fmt: skip
+
+    def run(self, args: argparse.Namespace) -> int:
+        from sharded_pc.bench import fault
+
+        settings = fault.FaultSettings(args.size, args.workers, args.threads, args.repeat)
+        return _tell(args, fault, settings)
+
+
+def _tell(args: argparse.Namespace, bench, settings) -> int:
+    """Measures and prints; SIGTERM ends it in order as ^C does."""
+    from sharded_pc.bench.report import report, text
+
+    signals, told = _Signals(), report(args.bench, settings)
+    try:
+        told |= bench.run(settings)
+    except KeyboardInterrupt:
+        return 128 + signals.number
+    print(json.dumps(told) if args.json else text(told, bench.COLUMNS), flush=True)
+    return int(ExitCode.COMPLETED)
+
+
+class _Signals:
+    """SIGTERM becomes a ^C, and the exit code tells them apart."""
+
+    def __init__(self) -> None:
+        self.number = int(signal.SIGINT)
+        signal.signal(signal.SIGTERM, self._on_term)
+
+    def _on_term(self, *_: object) -> None:
+        self.number = int(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+
+
+BENCHES = (Place, Fault)
+
+
+class Bench:
+    """Measurements on this machine."""
+
+    name = "bench"
+    help = "measure placement and faults beside a bare C loop: table or --json"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        words = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")
+        for bench in (make() for make in BENCHES):
+            sub = words.add_parser(bench.name, help=bench.help, description=bench.help)
+            bench.add_arguments(sub)
+            sub.set_defaults(run_bench=bench.run)
+
+    def run(self, args: argparse.Namespace) -> int:
+        if args.size < max(args.workers) * STRIPE_BYTES:
+            raise UsageError(
+                f"--size: at least {max(args.workers) * STRIPE_BYTES >> 20}M, "
+                f"a stripe for each of {max(args.workers)} workers"
+            )
+        return args.run_bench(args)
