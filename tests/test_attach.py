@@ -27,8 +27,6 @@ from tests.synthetic import (
     BLOCKS,
     ORACLE,
     WAIT_S,
-    Background,
-    GuestFailed,
     GuestProcess,
     Receiving,
     missing_pages,
@@ -364,7 +362,19 @@ HANDOVERS: Table = {
     "an unknown block": (after_geometry(protocol.mappings({"\ud800": 4096})), "unknown block"),
     **{
         f"address {value!r}": (address(value), "'pc.ram' cannot be mapped at address")
-        for value in (4097, 0, -4096, True, 4096.0, "4096", None, [], 1 << 64, (1 << 64) - 4096, 1 << 99)
+        for value in (
+            4097,
+            0,
+            -4096,
+            True,
+            4096.0,
+            "4096",
+            None,
+            [],
+            1 << 64,
+            (1 << 64) - 4096,
+            1 << 99,
+        )
     },
     "overlap": (address(1 << 30, (1 << 30) + 4096), "two blocks are mapped at address 0x40001000"),
     "unmapped": (unmapped, "cannot be registered with the guest's userfaultfd of shard"),
@@ -388,7 +398,10 @@ def without_handshake(client: Client) -> list[int]:
 
 
 HANDOVERS |= {
-    "memory with that name": (descriptors(memfds), "is /memfd:userfaultfd .*, expected a userfaultfd"),
+    "memory with that name": (
+        descriptors(memfds),
+        "is /memfd:userfaultfd .*, expected a userfaultfd",
+    ),
     "no handshake": (descriptors(without_handshake), "cannot be registered"),
 }
 SILENCES = {

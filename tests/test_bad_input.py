@@ -26,10 +26,9 @@ from sharded_pc.errors import (
 )
 from sharded_pc.geometry import PAGE_BYTES, RamBlock
 from sharded_pc.state import TRANSITIONS, Message, PostcopyState
-from sharded_pc.testing.oracle import DIRTIED
 from sharded_pc.wire import package
 from sharded_pc.wire import writer as w
-from sharded_pc.wire.constants import Cmd, Section
+from sharded_pc.wire.constants import Cmd
 from tests.bad_stream_cases import BAD
 from tests.receiver import Receiver
 from tests.synthetic import ChangingOracle, LoneReceiver, Receiving, missing_pages
@@ -225,10 +224,20 @@ BARE = w.header() + w.configuration("m") + w.postcopy_advise()
 """Advised, but without return path and block list."""
 NEW = READY + part(w.zero_page("pc.ram", 0, 0))
 DISCARDS = {
-    "unaligned": ("pc.ram", 1, PAGE_BYTES, "discard of 0x1000 bytes at 0x1 in block 'pc.ram' is not whole"),
+    "unaligned": (
+        "pc.ram",
+        1,
+        PAGE_BYTES,
+        "discard of 0x1000 bytes at 0x1 in block 'pc.ram' is not whole",
+    ),
     "half a page": ("pc.ram", 0, 2048, "is not whole 4096-byte pages"),
     "of nothing": ("pc.ram", 0, 0, "discard of 0x0 bytes at 0x0"),
-    "behind the end": ("pc.ram", 16 * PAGE_BYTES, PAGE_BYTES, "outside block 'pc.ram' of 0x10000 bytes"),
+    "behind the end": (
+        "pc.ram",
+        16 * PAGE_BYTES,
+        PAGE_BYTES,
+        "outside block 'pc.ram' of 0x10000 bytes",
+    ),
     "over the end": ("pc.bios", 0, 5 * PAGE_BYTES, "outside block 'pc.bios' of 0x4000 bytes"),
     "huge start": ("pc.ram", MAX - PAGE_BYTES, PAGE_BYTES, "outside block 'pc.ram'"),
     "huge length": ("pc.ram", 0, MAX - PAGE_BYTES, "outside block 'pc.ram'"),
@@ -287,7 +296,13 @@ def test_a_wrong_message(run, case):
     # What is wrong in itself is refused where it begins, what makes no sense here where it ends.
     assert error.offset in (len(prefix) + at, len(prefix) + len(wrong))
     states = {value: state.name for state, value in PREFIX.items()}
-    default = "RUNNING" if prefix.startswith(PREFIX[S.RUNNING]) else "ADVISE" if prefix == BARE else "NONE"
+    default = (
+        "RUNNING"
+        if prefix.startswith(PREFIX[S.RUNNING])
+        else "ADVISE"
+        if prefix == BARE
+        else "NONE"
+    )
     assert str(error).endswith(f" in postcopy state {states.get(prefix, default)}")
 
 

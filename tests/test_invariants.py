@@ -223,7 +223,9 @@ def test_a_guest_is_told_that_its_missing_pages_will_not_come(tmp_path, unique_n
         assert source.request() == (0, DATA[0])
         asking.say("wait")
         os.kill(receiver.worker_pids()[1], signal.SIGKILL)
-        with pytest.raises(GuestFailed, match=r"migration failed: the worker of shard 1 \(pid") as at:
+        with pytest.raises(
+            GuestFailed, match=r"migration failed: the worker of shard 1 \(pid"
+        ) as at:
             asking.answer()
         assert at.value.kind == "AttachError"
         with pytest.raises(ShardError, match="shard 1 .* killed by signal 9"):
