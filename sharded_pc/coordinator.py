@@ -191,7 +191,7 @@ class Coordinator:
             self.memory,
             folder,
             self.settings.attach,
-            self.request_page,
+            self.request_pages,
             lambda pid: self._attach is not None and self._attach.has_guest(pid),
         )
         self._exit.push_async_callback(self.destination.end)
@@ -388,11 +388,12 @@ class Coordinator:
             self._end(error)
             raise
 
-    def request_page(self, block: int, page: int) -> None:
-        """Asks the source for a page that nobody faulted on."""
+    def request_pages(self, block: int, page: int, count: int) -> None:
+        """Asks the source for pages that nobody faulted on."""
         name = self.memory.geometry.blocks[block].name
         if self._return_path is not None:
-            self._return_path.post(return_path.req_pages(page * PAGE_BYTES, PAGE_BYTES, name))
+            wanted = return_path.req_pages(page * PAGE_BYTES, count * PAGE_BYTES, name)
+            self._return_path.post(wanted)
 
     def open_return_path(self) -> None:
         if self._return_path is not None:

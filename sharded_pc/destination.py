@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
@@ -44,7 +44,7 @@ class QemuFailed(ShardedPcError):
 
 class QemuDestination:
     """One destination.  `arguments` is the user's command line, program first; sockets are made in
-    `folder`.  `request(block, page)` asks the source for a page; `has_attached(pid)` tells whether
+    `folder`.  `request(block, page, count)` asks the source for pages; `has_attached(pid)` tells whether
     that process has handed its userfaultfds over."""
 
     def __init__(
@@ -53,7 +53,7 @@ class QemuDestination:
         memory: GuestMemory,
         folder: Path,
         attach_path: str,
-        request: Callable[[int, int], None],
+        request: Callable[[int, int, int], None],
         has_attached: Callable[[int], bool],
     ) -> None:
         self._arguments = arguments
@@ -173,26 +173,28 @@ class QemuDestination:
         blocks = enumerate(self._memory.geometry.blocks)
         return [(index, block) for index, block in blocks if block.name not in shared]
 
-    def _missing_private(self) -> list[tuple[int, int, int]]:
-        """(block, page, bit) of pages of private blocks that have not arrived."""
-        out = []
+    def _missing_private(self) -> Iterator[tuple[int, int, int]]:
+        """(block, first page, pages) of each stretch of private blocks that has not arrived."""
+        received = self._memory.received
         for index, block in self._private():
-            first = self._memory.control.block(index)[2]
-            if self._memory.received.count(first, block.pages) < block.pages:
-                bits = range(first, first + block.pages)
-                out += [(index, b - first, b) for b in bits if not self._memory.received.test(b)]
-        return out
+            first_bit, page = self._memory.control.block(index)[2], 0
+            while page < block.pages:
+                here = first_bit + page
+                run = received.run(here, block.pages - page)
+                if not received.test(here):
+                    yield index, page, run
+                page += run
 
     async def _all_private_pages(self) -> None:
-        missing = self._missing_private()
-        for index, page, bit in missing:
-            if self._memory.requested.claim(bit):
-                self._request(index, page)
+        """A guest's fault asks for one page; here whole stretches are asked for at once."""
+        for index, page, count in list(self._missing_private()):
+            self._memory.requested.set(self._memory.control.block(index)[2] + page, count)
+            self._request(index, page, count)
         await self._unless_exited(self._private_here(), PAGES_SECONDS, "get its own blocks' pages")
 
     async def _private_here(self) -> None:
         """The placing processes have no way to call us: looks every millisecond."""
-        while self._missing_private():
+        while next(self._missing_private(), None):
             await asyncio.sleep(0.001)
 
     def _names(self) -> list[tuple[RamBlock, int]]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 from sharded_pc.native.control import Control
 from sharded_pc.native.core import ensure, ensure_object, ffi, lib, system_error
+
+POST_SECONDS = 5.0
 
 
 class ReturnPath:
@@ -15,8 +19,13 @@ class ReturnPath:
         self.raw = ffi.gc(raw, lib.sp_rp_free)
 
     def post(self, message: bytes) -> None:
-        """Queues one message of at most some hundred bytes."""
-        ensure(lib.sp_rp_post(self.raw, message, len(message)), "queue a return path message")
+        """Queues one message of at most some hundred bytes, waiting while the queue is full;
+        HostError if the wire takes nothing for POST_SECONDS."""
+        deadline = time.monotonic() + POST_SECONDS
+        while (rc := lib.sp_rp_post(self.raw, message, len(message))) < 0:
+            if time.monotonic() > deadline:
+                ensure(rc, "queue a return path message")
+            time.sleep(0.001)
 
     def arm(self) -> None:
         """Page requests may be sent from now on."""
