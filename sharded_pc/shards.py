@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 from collections.abc import Callable
 from multiprocessing import reduction
 
-from sharded_pc import worker
+from sharded_pc import processes, worker
 from sharded_pc.errors import ShardError
 from sharded_pc.memory import GuestMemory
 
@@ -24,13 +23,9 @@ class ShardProcess:
         self.index = index
         self.on_trouble: Callable[[ShardError], None] = lambda error: None
         self.on_guest_trouble: Callable[[int, str], None] = lambda slot, text: None
-        spawn = multiprocessing.get_context("spawn")
-        self._conn, theirs = spawn.Pipe()
-        self.process = spawn.Process(
-            target=worker.main, args=(theirs, memory.name, index), name=f"shard-{index}"
+        self.process, self._conn = processes.start(
+            worker.main, memory.name, index, name=f"shard-{index}"
         )
-        self.process.start()
-        theirs.close()
         memory.control.note_worker(index, self.process.pid)
         self._answer: asyncio.Future | None = None
         self._turn = asyncio.Lock()

@@ -203,7 +203,6 @@ class _Process:
 
 def main(conn: Connection, name: str, index: int) -> None:
     """Entry of the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is the coordinator's to handle
     try:
         process = _Process(conn, name, index)
     except (ShardedPcError, OSError) as error:

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 from sharded_pc.attach import protocol
-from sharded_pc.errors import AttachError, ShardError, ShardedPcError
+from sharded_pc.attach.mappings import check_mapped
+from sharded_pc.errors import AttachError, ShardedPcError, ShardError
 from sharded_pc.geometry import Geometry
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.control import MAX_GUESTS
@@ -155,8 +156,9 @@ class AttachServer:
         try:
             answer = await asyncio.wait_for(message, self._step_seconds)
         except TimeoutError:
+            seconds = f"{self._step_seconds:g} s"
             raise AttachError(
-                f"the client said nothing for {self._step_seconds:g} s in the middle of the hand-over"
+                f"the client said nothing for {seconds} in the middle of the hand-over"
             ) from None
         if answer is None:
             raise ConnectionError("the client went away in the middle of the hand-over")
@@ -192,6 +194,7 @@ class AttachServer:
                     f"{ram.shards} shards"
                 )
             _check_uffds(uffds)
+            check_mapped(_peer_pid(client), self._memory.blocks, addresses)
             if not self._free:
                 raise AttachError(f"{MAX_GUESTS} guests are attached already; close one first")
             slot = self._free.pop(0)

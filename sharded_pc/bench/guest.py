@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import random
-import signal
 from array import array
-from collections.abc import Iterator
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 
+from sharded_pc import processes
 from sharded_pc.errors import GuestLost, ShardedPcError
 from sharded_pc.native import floor
 from sharded_pc.native.floor import Touched
@@ -23,18 +19,6 @@ def order_of(pages: int, seed: int) -> array:
     order = list(range(pages))
     random.Random(seed).shuffle(order)
     return array("Q", order)
-
-
-@contextlib.contextmanager
-def deaf_children() -> Iterator[None]:
-    """Processes started within never hear ^C, not even while they import: it is their parent's to
-    end them."""
-    resource_tracker.ensure_running()  # its first start, inside start(), would unblock ^C
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _guest(conn: Connection, path: str, block: str) -> None:
@@ -61,12 +45,9 @@ class GuestProcess:
     """The parent's end.  Its methods block."""
 
     def __init__(self, path: str, block: str) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self._conn, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_guest, args=(theirs, path, block), daemon=True)
-        with deaf_children():
-            self._process.start()
-        theirs.close()
+        self._process, self._conn = processes.start(
+            _guest, path, block, name="bench-guest", daemon=True
+        )
 
     def _answer(self) -> object:
         try:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from sharded_pc.attach.server import AttachServer
 from sharded_pc.bench.bare import FILLING
-from sharded_pc.bench.guest import GuestProcess, deaf_children
+from sharded_pc.bench.guest import GuestProcess
 from sharded_pc.errors import ShardedPcError
 from sharded_pc.geometry import PAGE_BYTES, Geometry, RamBlock
 from sharded_pc.memory import GuestMemory
@@ -57,8 +57,7 @@ class Rig:
         self._exit.callback(self._leave_memory)
         self.memory.define(Geometry.of((RamBlock(BLOCK, self._size),), self._workers))
         self.memory.pool.map[:] = bytes([FILLING]) * self.memory.pool.size
-        with deaf_children():
-            self._shards = Shards(self.memory, self._workers)
+        self._shards = Shards(self.memory, self._workers)
         self._exit.push_async_callback(self._shards.stop)
         for process in self._shards.processes:
             process.on_trouble = self._on_trouble

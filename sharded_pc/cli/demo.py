@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import multiprocessing
 import os
 import socket
 import sys
 import tempfile
 from pathlib import Path
 
+from sharded_pc import processes
 from sharded_pc.errors import ExitCode, ShardedPcError, UsageError
 
 TIMEOUT_SECONDS = 60.0
@@ -51,7 +51,7 @@ def _oracle(size: int):
     return PageOracle((RamBlock("pc.ram", size), RamBlock("vga.vram", 8 << 20)), seed=size)
 
 
-def _source(path: str, size: int, answer) -> None:
+def _source(answer, path: str, size: int) -> None:
     """The source's process."""
     from sharded_pc.source import SyntheticSource
 
@@ -65,7 +65,7 @@ def _source(path: str, size: int, answer) -> None:
         answer.send(None)
 
 
-def _guest(path: str, size: int, answer) -> None:
+def _guest(answer, path: str, size: int) -> None:
     """The guest's process: visits every page once while they stream in, then checks all again."""
     import sharded_pc
     from sharded_pc.testing.guest import Visitor, WrongPage
@@ -86,11 +86,9 @@ class _Child:
     """A process and the answer it owes."""
 
     def __init__(self, target, *args: object) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self._answer, theirs = spawn.Pipe(duplex=False)
-        self.process = spawn.Process(target=target, args=(*args, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
+        self.process, self._answer = processes.start(
+            target, *args, name=f"the demo's {target.__name__.strip('_')}", daemon=True
+        )
 
     def answer(self):
         if not self._answer.poll(TIMEOUT_SECONDS):

@@ -25,7 +25,7 @@ static int copy_pages(const sp_floor *f, uint64_t page, uint64_t pages, const ui
 {
     sp_fill_result res;
     sp_fill fill = sp_uffd_copy(f->uffd, (uint64_t)(uintptr_t)f->base + page * SP_PAGE_BYTES,
-                                (uint64_t)(uintptr_t)src, pages * SP_PAGE_BYTES, &res);
+                                (uint64_t)(uintptr_t)src, pages * SP_PAGE_BYTES, 0, &res);
     if (fill == SP_FILL_DONE)
         return 0;
     return fill == SP_FILL_FAILED ? -res.err : -EAGAIN;

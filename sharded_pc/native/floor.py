@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from array import array
 
-from sharded_pc.errors import ShardError, ShardedPcError
+from sharded_pc.errors import ShardedPcError, ShardError
 from sharded_pc.native.control import POOL_BYTES_PER_SHARD, Control
 from sharded_pc.native.core import ensure, ffi, lib
 from sharded_pc.native.ram import Stop, Stopped

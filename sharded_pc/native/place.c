@@ -66,7 +66,7 @@ int sp_place_pages(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages, 
         if (run) {
             sp_fill_result res;
             sp_fill fill = sp_uffd_copy(w->uffd, addr_of(w, block, page), (uint64_t)(uintptr_t)src,
-                                        run * SP_PAGE_BYTES, &res);
+                                        run * SP_PAGE_BYTES, 0, &res);
             if (fill == SP_FILL_FAILED) {
                 w->err_bit = bit_of(w, block, page);
                 return -res.err;
@@ -92,7 +92,7 @@ int sp_fill_hole(sp_worker *w, uint32_t block, uint64_t page)
     sp_fill_result res;
     sp_fill fill;
     do {
-        fill = sp_uffd_zeropage(w->uffd, addr_of(w, block, page), SP_PAGE_BYTES, &res);
+        fill = sp_uffd_zeropage(w->uffd, addr_of(w, block, page), SP_PAGE_BYTES, 0, &res);
     } while (fill == SP_FILL_PART);
     return fill == SP_FILL_FAILED ? -res.err : 0;
 }
@@ -130,17 +130,54 @@ int sp_discard_pages(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages
     return rc ? -errno : 0;
 }
 
+static const uint8_t *tmp_page(const sp_worker *w, uint64_t slot)
+{
+    return w->pool + slot % SP_POOL_SLOTS * SP_PAGE_BYTES;
+}
+
 static int obey(sp_worker *w, const sp_desc *d)
 {
-    const uint8_t *src = w->pool + d->slot % SP_POOL_SLOTS * SP_PAGE_BYTES;
     switch (d->kind) {
     case SP_DESC_PAGES:
-        return sp_place_pages(w, d->block, d->first_page, d->pages, src);
+        return sp_place_pages(w, d->block, d->first_page, d->pages, tmp_page(w, d->slot));
     case SP_DESC_ZERO:
         return sp_place_zero(w, d->block, d->first_page, d->pages);
     default:
         return sp_discard_pages(w, d->block, d->first_page, d->pages);
     }
+}
+
+/* The only active guest, or NULL. */
+static const sp_guest *only_guest(const sp_worker *w)
+{
+    const sp_guest *only = NULL;
+    for (uint32_t i = 0; i < SP_MAX_GUESTS; i++) {
+        if (atomic_load(&w->guests[i].state) != SP_GUEST_ACTIVE)
+            continue;
+        if (only)
+            return NULL;
+        only = &w->guests[i];
+    }
+    return only;
+}
+
+/* One page that the only guest waits for: COPY through its own userfaultfd fills, maps and wakes in
+ * one call, and spares it the second fault.  False: not done, place it the usual way. */
+static bool place_for_guest(sp_worker *w, const sp_desc *d, const uint8_t *src)
+{
+    const sp_guest *g = only_guest(w);
+    sp_fill_result res;
+    if (!g || !g->base[d->block] || d->kind != SP_DESC_PAGES || d->pages != 1)
+        return false;
+    uint64_t to = g->base[d->block] + d->first_page * SP_PAGE_BYTES;
+    if (sp_uffd_copy(g->uffd, to, (uint64_t)(uintptr_t)src, SP_PAGE_BYTES, 1, &res) != SP_FILL_DONE)
+        return false;
+    uint64_t bit = bit_of(w, d->block, d->first_page);
+    sp_bits_set(w->received, bit, 1);
+    sp_waiter_end(w, bit, sp_now_ns());
+    sp_count(&w->shard->counters.copies, 1);
+    sp_count(&w->shard->counters.pages, 1);
+    return true;
 }
 
 /* A hint may be older than its background descriptor, whose tmp pages may be reused by now: a page
@@ -152,7 +189,8 @@ static int hurry(sp_worker *w, bool *any)
     while (rc == 0 && (d = sp_ring_peek(&w->shard->urgent))) {
         *any = true;
         if (!sp_bit_test(w->received, bit_of(w, d->block, d->first_page))) {
-            rc = obey(w, d);
+            if (!place_for_guest(w, d, tmp_page(w, d->slot)))
+                rc = obey(w, d);
             sp_count(&w->shard->counters.urgent, 1);
         }
         if (rc == 0)
@@ -182,6 +220,15 @@ static const sp_desc *peek_at(sp_ring *ring, uint64_t ahead)
     return &ring->slots[tail % SP_RING_SLOTS];
 }
 
+/* A producer that waits is woken when it can do a good deal of work, not for every page: half of
+ * the tmp pages and of the ring are free, or nothing is left to do. */
+static bool worth_a_ring(sp_shard *s, uint64_t tail)
+{
+    uint64_t queued = atomic_load(&s->background.head) - tail;
+    uint64_t used = atomic_load(&s->slots_taken) - atomic_load(&s->slots_freed);
+    return queued == 0 || (queued <= SP_RING_SLOTS / 2 && used <= SP_POOL_SLOTS / 2);
+}
+
 static void finish(sp_worker *w, const sp_desc *d, uint64_t n_desc)
 {
     sp_shard *s = w->shard;
@@ -189,9 +236,10 @@ static void finish(sp_worker *w, const sp_desc *d, uint64_t n_desc)
         atomic_store_explicit(&s->slots_freed, d->slot + d->pages, memory_order_release);
     if (d->kind == SP_DESC_DISCARD)
         atomic_fetch_add(&s->discards_done, 1);
-    uint64_t tail = atomic_load_explicit(&s->background.tail, memory_order_relaxed);
-    atomic_store(&s->background.tail, tail + n_desc);
-    sp_bell_ring(&s->space);
+    uint64_t tail = atomic_load_explicit(&s->background.tail, memory_order_relaxed) + n_desc;
+    atomic_store(&s->background.tail, tail);
+    if (worth_a_ring(s, tail))
+        sp_bell_ring(&s->space);
 }
 
 static int take_batch(sp_worker *w, bool *any)

@@ -122,16 +122,21 @@ static sp_fill outcome(int rc, int err, int64_t done, sp_fill_result *res)
     return SP_FILL_FAILED;
 }
 
-sp_fill sp_uffd_copy(int uffd, uint64_t dst, uint64_t src, uint64_t len, sp_fill_result *res)
+sp_fill sp_uffd_copy(int uffd, uint64_t dst, uint64_t src, uint64_t len, int wake,
+                     sp_fill_result *res)
 {
-    struct uffdio_copy c = {dst, src, len, UFFDIO_COPY_MODE_DONTWAKE, 0};
+    struct uffdio_copy c = {.dst = dst, .src = src, .len = len};
+    if (!wake)
+        c.mode = UFFDIO_COPY_MODE_DONTWAKE;
     int rc = ioctl(uffd, UFFDIO_COPY, &c);
     return outcome(rc, errno, rc ? c.copy : (int64_t)len, res);
 }
 
-sp_fill sp_uffd_zeropage(int uffd, uint64_t addr, uint64_t len, sp_fill_result *res)
+sp_fill sp_uffd_zeropage(int uffd, uint64_t addr, uint64_t len, int wake, sp_fill_result *res)
 {
-    struct uffdio_zeropage z = {{addr, len}, UFFDIO_ZEROPAGE_MODE_DONTWAKE, 0};
+    struct uffdio_zeropage z = {.range = {addr, len}};
+    if (!wake)
+        z.mode = UFFDIO_ZEROPAGE_MODE_DONTWAKE;
     int rc = ioctl(uffd, UFFDIO_ZEROPAGE, &z);
     return outcome(rc, errno, rc ? z.zeropage : (int64_t)len, res);
 }

@@ -35,8 +35,10 @@ int sp_uffd_open(uint64_t features, int user_only_ok, sp_uffd_info *info);
 int sp_uffd_register(int uffd, uint64_t addr, uint64_t len, uint64_t mode, uint64_t *ioctls);
 int sp_uffd_unregister(int uffd, uint64_t addr, uint64_t len);
 int sp_uffd_wake(int uffd, uint64_t addr, uint64_t len);
-sp_fill sp_uffd_copy(int uffd, uint64_t dst, uint64_t src, uint64_t len, sp_fill_result *res);
-sp_fill sp_uffd_zeropage(int uffd, uint64_t addr, uint64_t len, sp_fill_result *res);
+/* COPY and ZEROPAGE with `wake` also wake who waits there, if the descriptor is the waiter's own. */
+sp_fill sp_uffd_copy(int uffd, uint64_t dst, uint64_t src, uint64_t len, int wake,
+                     sp_fill_result *res);
+sp_fill sp_uffd_zeropage(int uffd, uint64_t addr, uint64_t len, int wake, sp_fill_result *res);
 sp_fill sp_uffd_continue(int uffd, uint64_t addr, uint64_t len, sp_fill_result *res);
 
 #endif

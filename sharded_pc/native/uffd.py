@@ -90,10 +90,10 @@ class Uffd:
 
     def copy(self, to: int, source: int, size: int) -> tuple[Fill, int]:
         """UFFDIO_COPY without wake: outcome and bytes done."""
-        return self._fill(lib.sp_uffd_copy, "UFFDIO_COPY", to, source, size)
+        return self._fill(lib.sp_uffd_copy, "UFFDIO_COPY", to, source, size, 0)
 
     def zeropage(self, address: int, size: int) -> tuple[Fill, int]:
-        return self._fill(lib.sp_uffd_zeropage, "UFFDIO_ZEROPAGE", address, size)
+        return self._fill(lib.sp_uffd_zeropage, "UFFDIO_ZEROPAGE", address, size, 0)
 
     def continue_(self, address: int, size: int) -> tuple[Fill, int]:
         return self._fill(lib.sp_uffd_continue, "UFFDIO_CONTINUE", address, size)

@@ -103,7 +103,8 @@ async def _lines(memory: GuestMemory, over: asyncio.Event) -> None:
 
 async def _bars(memory: GuestMemory, over: asyncio.Event) -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress as Bars, TaskProgressColumn, TextColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+    from rich.progress import Progress as Bars
 
     while memory.geometry is None:
         if await _pause(over, PERIOD_SECONDS):

@@ -1,0 +1,38 @@
+"""Child processes: spawned, with a pipe, and deaf to ^C, which is their parent's to handle."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes started within never hear ^C, not even while they import."""
+    resource_tracker.ensure_running()  # its first start, inside start(), would unblock ^C
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start(
+    target: Callable, *args: object, name: str, daemon: bool = False
+) -> tuple[BaseProcess, Connection]:
+    """Starts `target(conn, *args)` in a new process; returns it and our end of the pipe.
+
+    Spawned, never forked: a fork would carry threads' locks and userfaultfds along.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=target, args=(theirs, *args), name=name, daemon=daemon)
+    with _deaf():
+        process.start()
+    theirs.close()
+    return process, ours
