@@ -76,6 +76,8 @@ class Settings:
     """patience with a client in the middle of the hand-over"""
     qemu: tuple[str, ...] = ()
     """command line of a destination to resume; (): none"""
+    qemu_stdout: int | None = None
+    """descriptor that its standard output goes to; None: ours"""
 
 
 class _Bridge:
@@ -193,6 +195,7 @@ class Coordinator:
             self.settings.attach,
             self.request_pages,
             lambda pid: self._attach is not None and self._attach.has_guest(pid),
+            self.settings.qemu_stdout,
         )
         self._exit.push_async_callback(self.destination.end)
         self.destination.check()

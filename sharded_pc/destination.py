@@ -45,7 +45,8 @@ class QemuFailed(ShardedPcError):
 class QemuDestination:
     """One destination.  `arguments` is the user's command line, program first; sockets are made in
     `folder`.  `request(block, page, count)` asks the source for pages; `has_attached(pid)` tells whether
-    that process has handed its userfaultfds over."""
+    that process has handed its userfaultfds over; QEMU's standard output goes to the descriptor
+    `stdout`, to ours if None."""
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class QemuDestination:
         attach_path: str,
         request: Callable[[int, int, int], None],
         has_attached: Callable[[int], bool],
+        stdout: int | None = None,
     ) -> None:
         self._arguments = arguments
         self._memory = memory
@@ -62,6 +64,7 @@ class QemuDestination:
         self._attach_path = attach_path
         self._request = request
         self._has_attached = has_attached
+        self._stdout = stdout
         self._plan: qemu_args.Plan | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._exit: asyncio.Task[int] | None = None
@@ -93,12 +96,14 @@ class QemuDestination:
         self._plan = qemu_args.plan(self._arguments, ram.blocks, paths)
         shared = [paths[backend.block.name] for backend in self._plan.backends]
         monitor = self._folder / "monitor"
-        self._process = await asyncio.create_subprocess_exec(
-            *self._plan.arguments,
-            "-qmp",
-            f"unix:{monitor},server=on,wait=off",
-            env={**os.environ, **environment(self._attach_path, shared, timeout=START_SECONDS)},
-        )
+        added = environment(self._attach_path, shared, timeout=START_SECONDS)
+        arguments = [*self._plan.arguments, "-qmp", f"unix:{monitor},server=on,wait=off"]
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *arguments, env={**os.environ, **added}, stdout=self._stdout
+            )
+        except OSError as error:
+            raise HostError(f"start QEMU {arguments[0]!r}: {error.strerror}") from error
         self._exit = asyncio.create_task(self._process.wait())
         await self._unless_exited(self._connect(monitor), START_SECONDS, "open its monitor")
         if not self._has_attached(self._process.pid):

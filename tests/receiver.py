@@ -59,6 +59,8 @@ class Receiver:
     ``pass_fds`` are descriptors it inherits.
     """
 
+    word = "receive"
+
     def __init__(
         self,
         folder: Path,
@@ -90,11 +92,17 @@ class Receiver:
     def pid(self) -> int:
         return self._started().pid
 
-    def command(self) -> list[str]:
-        """The whole command line but for ``--status-fd``."""
+    def command(self, *more: str) -> list[str]:
+        """The whole command line, with ``more`` options (``--status-fd``)."""
         ours = ["--name", self.name, "--attach", str(self.attach_path), "--json", "--no-progress"]
-        python = [sys.executable, "-m", "sharded_pc", "receive", self.incoming]
-        return [*self._prefix, *python, *ours, *self._options]
+        python = [sys.executable, "-m", "sharded_pc", self.word, self.incoming]
+        return [*self._prefix, *python, *ours, *self._options, *more, *self.behind_options()]
+
+    def behind_options(self) -> list[str]:
+        return []
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, MARK: self.name}
 
     def start(self) -> Receiver:
         """Starts it and waits until a source may connect."""
@@ -184,11 +192,11 @@ class Receiver:
         return ReceiverError("\n".join(lines))
 
     def _spawn(self, status_fd: int) -> None:
-        command = [*self.command(), "--status-fd", str(status_fd)]
+        command = self.command("--status-fd", str(status_fd))
         with self._path("stdout").open("wb") as out, self._path("stderr").open("wb") as err:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                pass_fds=(*self._pass_fds, status_fd), env={**os.environ, MARK: self.name},
+                pass_fds=(*self._pass_fds, status_fd), env=self.environment(),
             )  # fmt: skip
 
     def _wait_listening(self, status_fd: int) -> None:

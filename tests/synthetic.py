@@ -4,7 +4,7 @@
 ``LoneReceiver``  no process at all: stream, shards and memory in the caller, for many short runs
 ``StepSource``    a SyntheticSource that sends what a test tells it to
 ``GuestProcess``  a guest in a process of its own, obeying one word at a time: a thread that waits
-                  for a page cannot be interrupted, so nothing here touches guest RAM in this process
+                  for a page cannot be interrupted, so no test touches missing pages itself
 """
 
 from __future__ import annotations
@@ -188,7 +188,9 @@ class Receiving:
         self._loop = asyncio.get_running_loop()
         async with Coordinator(self._settings, lambda _: self._listening.set()) as coordinator:
             self.coordinator = coordinator
-            return await coordinator.receive()
+            info = await coordinator.receive()
+            await coordinator.last_word()
+            return info
 
     def finish(self) -> dict:
         return self._thread.result()
@@ -323,7 +325,7 @@ class LoneReceiver:
 
 
 class GuestProcess:
-    """``ask(word, ...)`` runs a method of ``_Guest`` there; ``say`` and ``answer`` are its halves."""
+    """``ask(word, ...)`` runs a method of ``_Guest`` there; ``say`` and ``answer`` are halves."""
 
     def __init__(self, pages: PageOracle = ORACLE) -> None:
         spawn = multiprocessing.get_context("spawn")

@@ -30,7 +30,9 @@ class Run:
 
 
 async def _run(args: argparse.Namespace) -> int:
-    settings = dataclasses.replace(settings_of(args), qemu=tuple(args.qemu))
+    # The one JSON object has standard output for itself.
+    stdout = sys.stderr.fileno() if args.json else None
+    settings = dataclasses.replace(settings_of(args), qemu=tuple(args.qemu), qemu_stdout=stdout)
     from sharded_pc.qemu_args import check_arguments
 
     check_arguments(settings.qemu)
