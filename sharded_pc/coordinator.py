@@ -334,6 +334,8 @@ class Coordinator:
         status = MigrationStatus.CANCELLED if cancelled else MigrationStatus.FAILED
         self.memory.control.status = status
         self.status_changed(status)
+        if self.destination is not None:
+            await self.destination.end()  # first: it has no use for the news
         if self._attach is not None:
             await self._attach.failed(str(error))
 

@@ -141,7 +141,11 @@ class Incoming:
                 want = parser.send(answer)
             except StopIteration:
                 return self._complete()
-            answer = self._serve(want)
+            try:
+                answer = self._serve(want)
+            except RemoteProtocolError as error:
+                parser.throw(error)  # it knows where the message began, and raises it again
+                raise
 
     def _serve(self, want):
         match want:
@@ -338,10 +342,10 @@ class Incoming:
 
     def _complete(self) -> None:
         """The parser is content: the migration has arrived."""
-        if self._has_return_path:
-            self._receiver.post(return_path.shut(0))
         self._control.note_ended()
         self._status(MigrationStatus.COMPLETED)
+        if self._has_return_path:
+            self._receiver.post(return_path.shut(0))
 
     def _missing(self) -> int:
         """Pages that have not arrived, received bits of rings' content included."""

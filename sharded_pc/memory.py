@@ -85,20 +85,21 @@ class GuestMemory:
     def define(self, geometry: Geometry) -> None:
         """Makes the blocks and bitmaps; HostError.  On failure nothing of it stays."""
         assert self.geometry is None
+        made: list[Segment] = []
         try:
             for block in geometry.blocks:
                 name = shm.block_segment_name(self.name, block.name)
-                self.blocks.append(Segment.create(name, block.size))
+                made.append(Segment.create(name, block.size))
             bits = sum(-(-block.pages // 64) * 64 for block in geometry.blocks)
-            segment = Segment.create(f"/{self.name}{shm.BITMAPS}", bits // 4, reserve=True)
+            made.append(Segment.create(f"/{self.name}{shm.BITMAPS}", bits // 4, reserve=True))
+            self.control.publish(geometry)
         except HostError:
-            for made in self.blocks:
-                made.unlink()
-                made.close()
-            self.blocks.clear()
+            for segment in made:
+                segment.unlink()
+                segment.close()
             raise
-        self.control.publish(geometry)
-        self._use(geometry, segment)
+        *self.blocks, bitmaps = made
+        self._use(geometry, bitmaps)
 
     def load(self) -> None:
         """Opens what `define` made, if it did."""

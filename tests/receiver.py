@@ -60,6 +60,7 @@ class Receiver:
     """
 
     word = "receive"
+    program: Sequence[str] = (sys.executable, "-m", "sharded_pc")
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class Receiver:
     def command(self, *more: str) -> list[str]:
         """The whole command line, with ``more`` options (``--status-fd``)."""
         ours = ["--name", self.name, "--attach", str(self.attach_path), "--json", "--no-progress"]
-        python = [sys.executable, "-m", "sharded_pc", self.word, self.incoming]
+        python = [*self.program, self.word, self.incoming]
         return [*self._prefix, *python, *ours, *self._options, *more, *self.behind_options()]
 
     def behind_options(self) -> list[str]:

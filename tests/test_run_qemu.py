@@ -150,6 +150,7 @@ NUMA = (
     "-object", "memory-backend-memfd,id=right.1,size=40M,share=on",
     "-numa", "node,memdev=left", "-numa", "node,memdev=right.1",
 )  # fmt: skip
+"""Of sizes at which QEMU 10.0.2 aborts as a source whose guest writes (tlb_reset_dirty_range_all)."""
 BACKEND = ("-machine", "memory-backend=mem0", "-object", "memory-backend-ram,id=mem0,size=64M")
 
 
@@ -167,7 +168,9 @@ class TestResume:
         ids=["pc-devices", "q35-devices", "memory-backend", "numa"],
     )
     def test_command_line(self, tmp_path, unique_name, binary, machine, extra):
-        with pair(tmp_path, unique_name, binary, machine=machine, extra=extra, smp=2) as vms:
+        both = {"machine": machine, "extra": extra, "smp": 2}
+        writes = False if extra == NUMA else None
+        with pair(tmp_path, unique_name, binary, writes=writes, **both) as vms:
             check_whole(vms)
 
     def test_named_backend_of_a_plain_source(self, tmp_path, unique_name, binary):
@@ -252,7 +255,7 @@ class TestDisk:
             check_goes_on(vms)
             vms.end()
             said = vms.runner.finish().stderr  # QEMU's stdout comes here, when it ends
-            assert said.count("ops") == 3 and "verification failed" not in said
+            assert said.count("1 ops;") == 3 and "verification failed" not in said
         assert data.read_bytes()[:8192] == b"\x11" * 4096 + b"\xa5" * 4096
 
 

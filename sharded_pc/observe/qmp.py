@@ -19,6 +19,9 @@ from sharded_pc.transport.json_stream import JsonSplitter
 VERSION = {"qemu": {"major": 0, "minor": 1, "micro": 0}, "package": "sharded_pc"}
 
 
+MAX_UNREAD_BYTES = 1 << 20
+
+
 class QmpError(Exception):
     """An error reply: QMP's class and a text."""
 
@@ -35,8 +38,16 @@ class _Client:
         self.negotiated = False
 
     def send(self, message: dict) -> None:
-        if not self._writer.is_closing():
-            self._writer.write(json.dumps(message).encode() + b"\r\n")
+        """Queues a message; a client that reads nothing is let go."""
+        if self._writer.is_closing():
+            return
+        self._writer.write(json.dumps(message).encode() + b"\r\n")
+        if self._writer.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+            self._writer.transport.abort()
+
+    async def drain(self) -> None:
+        """Waits until the client has read most of what it was sent."""
+        await self._writer.drain()
 
 
 class QmpServer:
@@ -111,6 +122,7 @@ class QmpServer:
             try:
                 while (message := splitter.take()) is not None:
                     client.send(self._answer(client, message))
+                    await client.drain()
             except ValueError as error:
                 client.send({"error": {"class": "GenericError", "desc": str(error)}})
                 return

@@ -1,0 +1,251 @@
+"""``sharded-pc run`` when something is wrong: one clear error, its exit code, nothing left behind;
+and the README's migration as it is written there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("qemu.qmp", reason="needs the client: pip install qemu.qmp")
+
+from tests.qemu import TIMEOUT_S, wait_until
+from tests.qemu.backports import distribution_qemu
+from tests.qemu.guest_image import MIB
+from tests.receiver import Outcome
+from tests.runner import Runner
+from tests.test_receive_qemu import begin_precopy, switch
+from tests.test_run_qemu import Pair, check_goes_on, pair
+
+pytestmark = [pytest.mark.qemu, pytest.mark.uffd, pytest.mark.timeout(90)]
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def check_error(outcome: Outcome, code: int, pattern: str) -> None:
+    assert outcome.exit_code == code, outcome.stderr
+    assert len(outcome.errors) == 1, outcome.stderr
+    assert re.search(pattern, outcome.errors[0]), outcome.stderr
+
+
+def check_source_runs(vms: Pair) -> None:
+    """The migration has failed for it, its guest goes on there."""
+    vms.source.wait_migration("failed")
+    assert vms.source.run_state() == "running"
+    vms.source.wait_passes()
+    assert vms.source.wrong_words() == []
+
+
+class TestBeforeASource:
+    @pytest.mark.parametrize(
+        ("arguments", "code", "pattern"),
+        [
+            (["/nowhere/qemu"], 3, "QEMU '/nowhere/qemu' is not there"),
+            (["qemu", "-daemonize"], 2, "-daemonize"),
+            (["qemu", "-mem-path", "/x"], 2, "-mem-path"),
+            (["qemu", "-incoming", "tcp:0:1"], 2, "-incoming tcp:0:1"),
+            (["qemu", "-device", "vfio-pci,host=1"], 2, "vfio-pci"),
+            (["qemu", "-machine", "memory-backend=none"], 2, "'none' has no -object"),
+            ([], 2, "no QEMU given"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+    )
+    def test_refused(self, tmp_path, unique_name, arguments, code, pattern):
+        with Runner(tmp_path, unique_name, arguments) as runner:
+            outcome = runner.run_to_end()
+        check_error(outcome, code, pattern)
+        assert "listening" not in outcome.stderr
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_signal(self, tmp_path, unique_name, number):
+        with Runner(tmp_path, unique_name, ["true"]) as runner:
+            runner.signal(number)
+            assert runner.finish().exit_code == 128 + number
+
+
+class TestBeforeTheSwitch:
+    """The source's guest goes on."""
+
+    @pytest.mark.parametrize(
+        ("differing", "code", "pattern", "said"),
+        [
+            ({"extra": ["-device", "nonsense"]}, 1, "QEMU exited with 1 before", "nonsense"),
+            ({"memory_mib": 96}, 2, "RAM .* of 96 MiB fits no .* pc.ram 64 MiB", ""),
+        ],
+        ids=["bad-option", "memory-size"],
+    )  # fmt: skip
+    def test_arguments(self, tmp_path, unique_name, binary, differing, code, pattern, said):
+        with pair(tmp_path, unique_name, binary, differing=differing) as vms:
+            begin_precopy(vms.source, vms.runner.uri())
+            outcome = vms.runner.finish()
+            check_error(outcome, code, pattern)
+            assert said in outcome.stderr
+            check_source_runs(vms)
+
+    def test_not_a_program(self, tmp_path, unique_name, binary):
+        program = tmp_path / "qemu"
+        program.write_text("not a program\n")
+        program.chmod(0o755)
+        check_stand_in(tmp_path, unique_name, binary, [str(program)], 3, "Exec format error")
+
+    def test_never_maps_its_memory(self, tmp_path, unique_name, binary):
+        """A stand-in for a QEMU that hangs as it starts; the time limit is shortened."""
+        check_stand_in(
+            tmp_path, unique_name, binary, ["sleep", "60"], 1, "did not open its monitor within 1 s",
+            limit=1,
+        )  # fmt: skip
+
+    def test_without_the_preload_library(self, tmp_path, unique_name):
+        """A set-group-ID copy of the distribution's QEMU: the loader ignores LD_PRELOAD there."""
+        binary = distribution_qemu()
+        if binary is None:
+            pytest.skip("no QEMU")
+        program = tmp_path / "qemu-setgid"
+        shutil.copy(binary.path, program)
+        others = {*os.getgroups(), 65534} - {os.getegid()}
+        try:
+            os.chown(program, -1, others.pop())
+            program.chmod(0o2755)
+        except (OSError, KeyError):
+            pytest.skip("n/a: needs a second group to make a set-group-ID program")
+        firmware = ["-L", "/usr/share/qemu", "-L", "/usr/share/seabios"]
+        arguments = [str(program), *firmware, "-accel", "tcg", "-m", "64", "-nodefaults",
+                     "-display", "none"]  # fmt: skip
+        pattern = "QEMU runs without the preload library"
+        check_stand_in(tmp_path, unique_name, binary, arguments, 1, pattern)
+
+    def test_source_killed(self, tmp_path, unique_name, binary):
+        with pair(tmp_path, unique_name, binary) as vms:
+            vms.precopy()
+            vms.source.kill()
+            check_error(vms.runner.finish(), 4, "source closed the stream before")
+
+    def test_qemu_killed(self, tmp_path, unique_name, binary):
+        with pair(tmp_path, unique_name, binary) as vms:
+            vms.precopy()
+            os.kill(vms.guest.pid, signal.SIGKILL)
+            check_error(vms.runner.finish(), 1, "killed by signal 9 before")
+            check_source_runs(vms)
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_signal(self, tmp_path, unique_name, binary, number):
+        with pair(tmp_path, unique_name, binary) as vms:
+            vms.precopy()
+            vms.runner.signal(number)
+            assert vms.runner.finish().exit_code == 128 + number
+            check_source_runs(vms)
+
+
+def check_stand_in(folder, name, binary, arguments, code, pattern, *, limit=None) -> None:
+    """The receiver ends in precopy because of what was given as QEMU."""
+    with pair(folder, name, binary) as vms, Runner(folder, f"{name}-x", arguments) as runner:
+        if limit is not None:
+            runner.close()
+            runner.program = (sys.executable, "-c", SHORT.format(limit=limit))
+            runner.start()
+        begin_precopy(vms.source, runner.uri())
+        check_error(runner.finish(), code, pattern)
+        check_source_runs(vms)
+        vms.runner.signal(signal.SIGTERM)
+        vms.runner.finish()
+
+
+SHORT = """import sys
+from sharded_pc import cli, destination
+destination.START_SECONDS = {limit}
+sys.exit(cli.main())
+"""
+
+
+class TestWhilePagesAreMissing:
+    def test_qemu_killed(self, tmp_path, unique_name, binary):
+        with pair(tmp_path, unique_name, binary) as vms:
+            vms.resume()
+            os.kill(vms.guest.pid, signal.SIGKILL)
+            check_error(vms.runner.finish(), 6, "killed by signal 9 while pages were missing")
+
+    def test_qemu_quits(self, tmp_path, unique_name, binary):
+        with pair(tmp_path, unique_name, binary) as vms:
+            vms.resume()
+            vms.guest.qmp("quit")
+            check_error(vms.runner.finish(), 6, "exited with 0 while pages were missing")
+
+    def test_source_killed(self, tmp_path, unique_name, binary):
+        with pair(tmp_path, unique_name, binary) as vms:
+            vms.resume()
+            vms.source.kill()
+            check_error(vms.runner.finish(), 5, r"connection to the source was lost .* \d+ pages")
+
+    @pytest.mark.parametrize(
+        ("both", "differing", "said"),
+        [
+            ({"machine": "pc"}, {"machine": "q35"}, "Machine type"),
+            ({"extra": ["-device", "virtio-rng-pci"]}, {"extra": []}, "nknown"),
+        ],
+        ids=["machine", "devices"],
+    )
+    def test_refused_devices(self, tmp_path, unique_name, binary, both, differing, said):
+        with pair(tmp_path, unique_name, binary, differing=differing, **both) as vms:
+            vms.precopy()
+            switch(vms.source)
+            outcome = vms.runner.finish()
+            check_error(outcome, 1, "QEMU .*device state.*message stands above")
+            assert said in outcome.stderr
+            print("SRC", vms.source.query_migrate()["status"], vms.source.run_state(), outcome.stderr)
+
+
+class TestAfterwards:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_signal(self, tmp_path, unique_name, binary, number):
+        with pair(tmp_path, unique_name, binary) as vms:
+            vms.resume()
+            vms.complete()
+            check_goes_on(vms, 1)
+            vms.runner.signal(number)
+            assert vms.runner.finish().exit_code == 128 + number
+
+    def test_qemu_killed(self, tmp_path, unique_name, binary):
+        with pair(tmp_path, unique_name, binary) as vms:
+            vms.resume()
+            vms.complete()
+            os.kill(vms.guest.pid, signal.SIGKILL)
+            assert vms.runner.finish().exit_code == 128 + signal.SIGKILL
+
+
+class TestReadme:
+    """Its second section, word for word; only /tmp is another folder."""
+
+    def test_commands(self, tmp_path):
+        if distribution_qemu() is None:
+            pytest.skip("no QEMU")
+        section = README.read_text().split("## A QEMU guest goes on here")[1].split("\n## ")[0]
+        source, destination, migrate = re.findall(r"^```\n(.*?)^```", section, re.M | re.S)
+        (end,) = re.findall(r"`(kill %\d)`", section)
+        folder = tmp_path / "t"
+        folder.mkdir()
+        script = "\n".join(
+            [
+                "set -m", source, wait_for("/tmp/source.qmp"), destination,
+                wait_for("/tmp/migration"), migrate, "sleep 1", "jobs", end, "wait %2", "echo ended $?",
+            ]
+        ).replace("/tmp/", f"{folder}/")  # fmt: skip
+        bin_folder = str(Path(sys.executable).parent)
+        done = subprocess.run(
+            ["bash", "-c", script.replace(".venv/bin", bin_folder)],
+            cwd=README.parent, capture_output=True, text=True, timeout=TIMEOUT_S,
+        )  # fmt: skip
+        assert "source: completed\n" in done.stdout, done
+        assert "ended 143\n" in done.stdout, done
+        assert "Traceback" not in done.stderr, done
+        print(done.stdout, done.stderr)
+
+
+def wait_for(path: str) -> str:
+    return f"until [ -S {path} ]; do sleep 0.1; done"
