@@ -198,6 +198,7 @@ class Coordinator:
             self.settings.qemu_stdout,
         )
         self._exit.push_async_callback(self.destination.end)
+        self._exit.push_async_callback(self._stop_starting)
         self.destination.check()
 
     async def _open_sockets(self) -> None:
@@ -320,11 +321,15 @@ class Coordinator:
 
     async def retire(self) -> None:
         """The migration has completed: no worker and no attach socket is needed any more."""
-        if self._starting is not None:
-            self._starting.cancel()  # it would take the guest's end for a failure
+        await self._stop_starting()  # it would take the guest's end for a failure
         await self._shards.stop()
         if self._attach is not None:
             await self._attach.close()
+
+    async def _stop_starting(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
 
     async def _fail(self, error: ShardedPcError) -> None:
         self.error = error
@@ -335,6 +340,7 @@ class Coordinator:
         self.memory.control.status = status
         self.status_changed(status)
         if self.destination is not None:
+            await self._stop_starting()
             await self.destination.end()  # first: it has no use for the news
         if self._attach is not None:
             await self._attach.failed(str(error))
@@ -373,13 +379,12 @@ class Coordinator:
             self._attach.geometry_known()
         if self.destination is not None:
             self._starting = asyncio.create_task(self._start_destination(self.destination))
-            self._exit.callback(self._starting.cancel)
 
     async def _start_destination(self, destination: QemuDestination) -> None:
         """While the source precopies.  A destination that cannot run ends the migration while the
         source still can."""
         try:
-            await destination.start()
+            await destination.start(self.machine)
             await destination.lost()
         except ShardedPcError as error:
             self._end(error)

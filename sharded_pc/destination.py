@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
 from sharded_pc import qemu_args
 from sharded_pc.attach.preload import environment, library_path
-from sharded_pc.errors import GuestLost, HostError, ShardedPcError
+from sharded_pc.errors import GuestLost, HostError, ShardedPcError, UsageError
 from sharded_pc.geometry import PAGE_BYTES, RamBlock
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.records import block_records
@@ -35,6 +36,8 @@ PAGES_SECONDS = 60.0
 """For the pages of blocks that are not shared to arrive after they were asked for."""
 LOAD_SECONDS = 60.0
 """For QEMU to take the device state."""
+EXIT_SECONDS = 2.0
+"""From QEMU's monitor closing to its exit code."""
 CHUNK_PAGES = 256
 
 
@@ -69,6 +72,7 @@ class QemuDestination:
         self._process: asyncio.subprocess.Process | None = None
         self._exit: asyncio.Task[int] | None = None
         self._qmp = QMPClient("destination")
+        self._qmp.logger.setLevel(logging.CRITICAL + 1)  # what goes wrong is raised as well
         self._events = EventListener(("MIGRATION", "RESUME"))
         self._ready = asyncio.Event()
         self.resumed = False
@@ -84,9 +88,9 @@ class QemuDestination:
             )
         library_path()
 
-    async def start(self) -> None:
+    async def start(self, machine: str) -> None:
         """Starts QEMU on the segments and waits until it has mapped them; HostError, UsageError,
-        QemuFailed."""
+        QemuFailed.  `machine`: the source's machine type, "" if unknown."""
         ram = self._memory.geometry
         assert ram is not None
         paths = {
@@ -111,7 +115,7 @@ class QemuDestination:
                 "QEMU runs without the preload library (a static or setuid binary?): its RAM would "
                 "not wait for missing pages"
             )
-        await self._listen_for_stream()
+        await self._unless_exited(self._prepare(machine), START_SECONDS, "wait for the stream")
         self._ready.set()
 
     async def ready(self) -> None:
@@ -122,7 +126,6 @@ class QemuDestination:
             raise QemuFailed(f"QEMU did not start within {START_SECONDS:.0f} s") from None
 
     async def _connect(self, monitor: Path) -> None:
-        self._qmp.logger.setLevel(logging.CRITICAL)  # refused attempts are expected
         while True:
             with contextlib.suppress(QMPError, OSError):
                 await self._qmp.connect(str(monitor))
@@ -130,13 +133,28 @@ class QemuDestination:
             await asyncio.sleep(0.01)
         self._qmp.register_listener(self._events)
 
+    async def _prepare(self, machine: str) -> None:
+        await self._check_machine(machine)
+        await self._listen_for_stream()
+
+    async def _check_machine(self, wanted: str) -> None:
+        """What QEMU itself compares only when the source's guest has stopped."""
+        with contextlib.suppress(ExecuteError):  # a QEMU that does not tell will compare all the same
+            where = {"path": "/machine", "property": "type"}
+            ours = str(await self._qmp.execute("qom-get", where)).removesuffix("-machine")
+            if wanted and ours != wanted:
+                raise UsageError(
+                    f"the destination's machine type is {ours}, the source's {wanted}: start the "
+                    f"destination with -machine {wanted}"
+                )
+
     async def _listen_for_stream(self) -> None:
         wanted = [{"capability": c, "state": True} for c in ("x-ignore-shared", "events")]
         try:
             await self._qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
             uri = f"unix:{self._folder / 'stream'}"
             await self._qmp.execute("migrate-incoming", {"uri": uri})
-        except (ExecuteError, QMPError) as error:
+        except ExecuteError as error:
             raise QemuFailed(f"QEMU does not wait for the stream: {error}") from error
 
     async def _unless_exited(self, wanted: Awaitable, seconds: float, doing: str):
@@ -147,13 +165,17 @@ class QemuDestination:
             await asyncio.wait(
                 {task, self._exit}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
             )
-            if task.done():
+            if task.done() and isinstance(task.exception(), QMPError):
+                await asyncio.wait({self._exit}, timeout=EXIT_SECONDS)  # why the monitor closed
+            elif task.done():
                 return task.result()
             if self._exit.done():
                 raise QemuFailed(
                     f"QEMU {_ending(self._exit.result())} before it could {doing} (its message "
                     f"stands above)"
                 )
+            if task.done():
+                raise QemuFailed(f"QEMU's monitor failed: {task.exception()}") from task.exception()
             raise QemuFailed(f"QEMU did not {doing} within {seconds:.0f} s")
         finally:
             task.cancel()
@@ -267,8 +289,13 @@ class QemuDestination:
 
     def terminate(self) -> None:
         """Asks QEMU to end, as SIGTERM does."""
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Not by asyncio's process: its send_signal() may take the exit code from its watcher."""
         if self._process is not None and self._exit is not None and not self._exit.done():
-            self._process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
 
     async def leave_monitor(self) -> None:
         """The monitor is no longer needed; the guest goes on."""
@@ -278,9 +305,8 @@ class QemuDestination:
     async def end(self) -> None:
         """No QEMU afterwards: killed if it is still there.  Never raises."""
         await self.leave_monitor()
-        if self._process is not None and self._exit is not None:
-            if not self._exit.done():
-                self._process.kill()
+        self._signal(signal.SIGKILL)
+        if self._exit is not None:
             await asyncio.gather(self._exit, return_exceptions=True)
 
 

@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 
 from sharded_pc import processes
-from sharded_pc.errors import ExitCode, ShardedPcError, UsageError
+from sharded_pc.cli.receive import Signals
+from sharded_pc.errors import Cancelled, ExitCode, ShardedPcError, UsageError
 
 TIMEOUT_SECONDS = 60.0
 
@@ -110,12 +111,16 @@ async def _demo(args: argparse.Namespace, folder: Path) -> int:
 
     stream, attach = str(folder / "migration"), str(folder / "attach")
     settings = Settings(UnixAddress(stream), f"demo-{os.getpid()}", args.workers, attach)
+    signals = Signals()
     async with Coordinator(settings) as coordinator:
+        signals.call(coordinator.quit)
         children = [_Child(_guest, attach, args.size), _Child(_source, stream, args.size)]
         try:
             async with Progress(coordinator.memory, enabled=not args.no_progress):
                 info = await asyncio.wait_for(coordinator.receive(), TIMEOUT_SECONDS)
             guest, source = [await asyncio.to_thread(child.answer) for child in children]
+        except Cancelled:
+            return signals.exit_code
         finally:
             for child in children:
                 child.end()

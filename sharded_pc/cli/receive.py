@@ -144,13 +144,13 @@ def _failed(error: ShardedPcError) -> int:
 
 
 class Signals:
-    """SIGINT and SIGTERM end the receiver in order; the exit code says which it was."""
+    """SIGINT, SIGTERM and SIGHUP end the receiver in order; the exit code says which it was."""
 
     def __init__(self) -> None:
         self.exit_code = 0
         self._quit = None
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._on_signal, number)
 
     def call(self, quit_) -> None:
