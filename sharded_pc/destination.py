@@ -47,9 +47,9 @@ class QemuFailed(ShardedPcError):
 
 class QemuDestination:
     """One destination.  `arguments` is the user's command line, program first; sockets are made in
-    `folder`.  `request(block, page, count)` asks the source for pages; `has_attached(pid)` tells whether
-    that process has handed its userfaultfds over; QEMU's standard output goes to the descriptor
-    `stdout`, to ours if None."""
+    `folder`.  `request(block, page, count)` asks the source for pages; `has_attached(pid)` tells
+    whether that process has handed its userfaultfds over; QEMU's standard output goes to the
+    descriptor `stdout`, to ours if None."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class QemuDestination:
 
     async def _check_machine(self, wanted: str) -> None:
         """What QEMU itself compares only when the source's guest has stopped."""
-        with contextlib.suppress(ExecuteError):  # a QEMU that does not tell will compare all the same
+        with contextlib.suppress(ExecuteError):  # if it does not tell, it still compares later
             where = {"path": "/machine", "property": "type"}
             ours = str(await self._qmp.execute("qom-get", where)).removesuffix("-machine")
             if wanted and ours != wanted:
@@ -249,7 +249,7 @@ class QemuDestination:
                 log.debug("the destination closed its stream: %s", error)
 
     def _send_block(self, sock: socket.socket, index: int, block: RamBlock) -> None:
-        """Reads by descriptor: our mapping is registered in no userfaultfd, but holes stay holes."""
+        """Reads by descriptor: our mapping is in no userfaultfd, but holes stay holes."""
         fd, step = self._memory.blocks[index].fd, CHUNK_PAGES * PAGE_BYTES
         for offset in range(0, block.size, step):
             content = os.pread(fd, min(step, block.size - offset), offset)

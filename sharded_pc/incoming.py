@@ -295,6 +295,8 @@ class Incoming:
             raise RemoteProtocolError("PACKAGED before the block list")
 
     def _listen(self, event: events.PostcopyListen) -> None:
+        if not self._has_return_path:
+            raise RemoteProtocolError("POSTCOPY_LISTEN without OPEN_RETURN_PATH: no way to ask")
         if self.state is PostcopyState.ADVISE:  # nothing to discard: QEMU prepares here too
             self._control.note_stopped()
             self._receiver.prepare_discard()

@@ -23,6 +23,9 @@ from sharded_pc.transport.incoming import bind_unix
 log = logging.getLogger(__name__)
 
 STEP_SECONDS = 10.0
+EVENTS = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
+"""UFFD_FEATURE_EVENT_FORK, REMAP, REMOVE, UNMAP: a fork's event installs a descriptor in whoever
+reads it, and a pending one stops every placement."""
 USERFAULTFD = "anon_inode:[userfaultfd]"
 """What /proc/self/fd says of one; no file's path can."""
 
@@ -229,12 +232,12 @@ class AttachServer:
         client = self._guests.pop(slot, None)
         if client is None:
             return
-        self._memory.control.note_guests(len(self._guests))
         with contextlib.suppress(ShardError):
             await self._drop(slot, release)
         if self._over.is_set():
             _tell(client, self._last_word)
         self._free.append(slot)
+        self._memory.control.note_guests(len(self._guests))
 
 
 def _peer_pid(sock: socket.socket) -> int:
@@ -258,6 +261,19 @@ def _check_uffds(uffds: list[int]) -> None:
         kind = os.readlink(f"/proc/self/fd/{fd}")
         if kind != USERFAULTFD:
             raise AttachError(f"descriptor handed over is {kind}, expected a userfaultfd")
+        if _features(fd) & EVENTS:
+            raise AttachError(
+                "a userfaultfd with events (fork, remap, remove, unmap) cannot be served"
+            )
+
+
+def _features(fd: int) -> int:
+    """UFFD_FEATURE_* bits that a userfaultfd was opened with (Linux fs/userfaultfd.c,
+    userfaultfd_show_fdinfo: "API: api:features:supported")."""
+    for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+        if line.startswith("API:"):
+            return int(line.split(":")[2], 16)
+    return 0
 
 
 def _tell(client: socket.socket, message: dict) -> None:

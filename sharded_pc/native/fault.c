@@ -32,17 +32,20 @@ static bool find_page(const sp_worker *w, const sp_guest *g, uint64_t addr, faul
     return false;
 }
 
-/* The page is here: the waiter goes on.  A hole (zeros) is filled, mapped and woken by one call
- * through the guest's own userfaultfd; where that does not do, by ours and a wake.  False if the
- * hole could not be filled. */
+/* The page is here: the waiter goes on.  A page with data only needs a wake; a hole (zeros) is
+ * filled, mapped and woken by one call through the guest's own userfaultfd; where that does not do,
+ * by ours and a wake.  False if the hole could not be filled. */
 static bool answer(sp_worker *w, uint32_t guest, const fault *f)
 {
+    off_t at = (off_t)(f->page * SP_PAGE_BYTES);
     uint64_t addr = w->guests[guest].base[f->block] + f->page * SP_PAGE_BYTES;
     sp_fill_result res;
-    if (sp_uffd_zeropage(w->guests[guest].uffd, addr, SP_PAGE_BYTES, 1, &res) == SP_FILL_DONE)
-        return true;
-    if (sp_fill_hole(w, f->block, f->page))
-        return false;
+    if (lseek(w->fd[f->block], at, SEEK_DATA) != at) {
+        if (sp_uffd_zeropage(w->guests[guest].uffd, addr, SP_PAGE_BYTES, 1, &res) == SP_FILL_DONE)
+            return true;
+        if (sp_fill_hole(w, f->block, f->page))
+            return false;
+    }
     sp_wake_guests(w, (int)guest, f->block, f->page, 1);
     return true;
 }

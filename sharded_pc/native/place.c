@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "uffd.h"
 #include "worker.h"
@@ -94,7 +95,11 @@ int sp_fill_hole(sp_worker *w, uint32_t block, uint64_t page)
     do {
         fill = sp_uffd_zeropage(w->uffd, addr_of(w, block, page), SP_PAGE_BYTES, 0, &res);
     } while (fill == SP_FILL_PART);
-    return fill == SP_FILL_FAILED ? -res.err : 0;
+    /* The kernel counts the new page before it looks whether one is there: full is no answer. */
+    off_t at = (off_t)(page * SP_PAGE_BYTES);
+    if (fill == SP_FILL_FAILED && lseek(w->fd[block], at, SEEK_DATA) != at)
+        return -res.err;
+    return 0;
 }
 
 /* A zero page nobody waits for stays a hole: it reads as zeros, costs no memory, and a later fault
@@ -174,6 +179,9 @@ static bool place_for_guest(sp_worker *w, const sp_desc *d, const uint8_t *src)
         return false;
     uint64_t bit = bit_of(w, d->block, d->first_page);
     sp_bits_set(w->received, bit, 1);
+    /* A guest that became known meanwhile may have looked at `received` before it was set. */
+    if (only_guest(w) != g)
+        sp_wake_guests(w, -1, d->block, d->first_page, 1);
     sp_waiter_end(w, bit, sp_now_ns());
     sp_count(&w->shard->counters.copies, 1);
     sp_count(&w->shard->counters.pages, 1);

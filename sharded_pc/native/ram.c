@@ -208,7 +208,8 @@ sp_status sp_ram_records(sp_ram *r)
 {
     sp_status st;
     do {
-        st = step(r);
+        /* A wire that is never empty never polls the stop switch. */
+        st = atomic_load_explicit(r->stop, memory_order_relaxed) ? SP_STOPPED : step(r);
     } while (st == SP_OK);
     if (st == SP_STOPPED || st == SP_SYS || st == SP_SHARD_FAILED)
         return st;

@@ -75,15 +75,22 @@ class Stream:
 
     def read(self, size: int) -> bytes:
         """Exactly `size` bytes; WireClosed, Stopped, HostError."""
+        self._look_at_stop()
         out, got = ffi.new("uint8_t[]", max(size, 1)), ffi.new("size_t *", 0)
         self._check(lib.sp_stream_read(self.raw, out, size, got, self.timeout_ms))
         return bytes(ffi.buffer(out, size))
 
     def some(self, most: int) -> bytes:
         """1..most bytes."""
+        self._look_at_stop()
         out, got = ffi.new("uint8_t[]", most), ffi.new("size_t *", 0)
         self._check(lib.sp_stream_some(self.raw, out, most, got, self.timeout_ms))
         return bytes(ffi.buffer(out, got[0]))
+
+    def _look_at_stop(self) -> None:
+        """A wire that is never empty never polls the stop switch."""
+        if self._stop.is_set:
+            raise Stopped("stopped")
 
     def _check(self, status: int) -> None:
         raise_for(status, self.raw.err)

@@ -117,6 +117,10 @@ int sp_worker_add_guest(sp_worker *w, uint32_t guest, int uffd, const uint64_t *
     memcpy(g->base, base, n * sizeof *base);
     atomic_store(&g->stop, 0);
     atomic_store(&g->state, SP_GUEST_ACTIVE);
+    /* A guest that comes again may wait for pages that were placed while nobody woke it. */
+    for (uint32_t i = 0; i < n; i++)
+        if (base[i])
+            sp_uffd_wake(uffd, base[i], w->control->blocks[i].bytes);
     return 0;
 }
 
