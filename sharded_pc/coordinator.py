@@ -58,6 +58,11 @@ def runtime_path(name: str, what: str) -> str:
     return str(Path(folder) / f"sharded-pc-{name}.{what}")
 
 
+def folder_prefix(name: str) -> str:
+    """How a receiver's temporary folder is called, so that `clean` can tell whose it was."""
+    return f"sharded-pc.{name}."
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
     """What `receive` is told; paths are file-system paths, None: not wanted."""
@@ -148,7 +153,7 @@ class Coordinator:
         self._listener: Listener
         self.machine = ""
         self.destination: QemuDestination | None = None
-        self._starting: asyncio.Task | None = None
+        self._watching: asyncio.Task | None = None
         self.error: ShardedPcError | None = None
 
     async def __aenter__(self) -> Coordinator:
@@ -186,7 +191,7 @@ class Coordinator:
         from sharded_pc.destination import QemuDestination  # needs a QMP client, `receive` does not
 
         assert self.settings.attach is not None
-        folder = Path(tempfile.mkdtemp(prefix="sharded-pc-run-"))
+        folder = Path(tempfile.mkdtemp(prefix=folder_prefix(self.settings.name)))
         self._exit.callback(shutil.rmtree, folder, ignore_errors=True)
         self.destination = QemuDestination(
             self.settings.qemu,
@@ -198,7 +203,7 @@ class Coordinator:
             self.settings.qemu_stdout,
         )
         self._exit.push_async_callback(self.destination.end)
-        self._exit.push_async_callback(self._stop_starting)
+        self._exit.push_async_callback(self._stop_watching)
         self.destination.check()
 
     async def _open_sockets(self) -> None:
@@ -267,7 +272,11 @@ class Coordinator:
         """A source that opens another channel would wait for it for ever.  Before LISTENING the
         migration fails, the source's guest goes on; later a stray connection is only closed."""
         while True:
-            wire = await self._listener.accept()
+            try:
+                wire = await self._listener.accept()
+            except OSError as error:  # out of descriptors, say
+                log.warning("a second connection could not be taken: %s", error)
+                return
             wire.close()
             if listening(self.memory.control.postcopy_state):
                 log.warning("a second connection during postcopy was closed")
@@ -321,15 +330,15 @@ class Coordinator:
 
     async def retire(self) -> None:
         """The migration has completed: no worker and no attach socket is needed any more."""
-        await self._stop_starting()  # it would take the guest's end for a failure
+        await self._stop_watching()  # it would take the guest's end for a failure
         await self._shards.stop()
         if self._attach is not None:
             await self._attach.close()
 
-    async def _stop_starting(self) -> None:
-        if self._starting is not None:
-            self._starting.cancel()
-            await asyncio.gather(self._starting, return_exceptions=True)
+    async def _stop_watching(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
 
     async def _fail(self, error: ShardedPcError) -> None:
         self.error = error
@@ -340,7 +349,7 @@ class Coordinator:
         self.memory.control.status = status
         self.status_changed(status)
         if self.destination is not None:
-            await self._stop_starting()
+            await self._stop_watching()
             await self.destination.end()  # first: it has no use for the news
         if self._attach is not None:
             await self._attach.failed(str(error))
@@ -350,7 +359,6 @@ class Coordinator:
         self._end(Cancelled("ended on request"))
 
     def _on_trouble(self, error: ShardError) -> None:
-        log.error("%s", error)
         self._end(error)
 
     def _end(self, error: ShardedPcError) -> None:
@@ -378,21 +386,21 @@ class Coordinator:
         if self._attach is not None:
             self._attach.geometry_known()
         if self.destination is not None:
-            self._starting = asyncio.create_task(self._start_destination(self.destination))
+            # Nothing more is read before it is up: a destination that cannot run ends the migration
+            # while the source's guest still can, even if the source is told to switch at once.
+            await self._or_cancelled(self.destination.start(self.machine))
+            self._watching = asyncio.create_task(self._watch(self.destination))
 
-    async def _start_destination(self, destination: QemuDestination) -> None:
-        """While the source precopies.  A destination that cannot run ends the migration while the
-        source still can."""
+    async def _watch(self, destination: QemuDestination) -> None:
+        """A destination that ends before everything has arrived ends the migration."""
         try:
-            await destination.start(self.machine)
             await destination.lost()
         except ShardedPcError as error:
             self._end(error)
 
     async def load_devices(self, data: bytes) -> None:
-        assert self.destination is not None and self._starting is not None
+        assert self.destination is not None
         try:
-            await self.destination.ready()
             await self.destination.resume(self.machine, data)
         except ShardedPcError as error:
             self._end(error)

@@ -74,7 +74,6 @@ class QemuDestination:
         self._qmp = QMPClient("destination")
         self._qmp.logger.setLevel(logging.CRITICAL + 1)  # what goes wrong is raised as well
         self._events = EventListener(("MIGRATION", "RESUME"))
-        self._ready = asyncio.Event()
         self.resumed = False
 
     def check(self) -> None:
@@ -116,14 +115,6 @@ class QemuDestination:
                 "not wait for missing pages"
             )
         await self._unless_exited(self._prepare(machine), START_SECONDS, "wait for the stream")
-        self._ready.set()
-
-    async def ready(self) -> None:
-        """Returns when start() has done its work; QemuFailed if it takes too long."""
-        try:
-            await asyncio.wait_for(self._ready.wait(), START_SECONDS)
-        except TimeoutError:
-            raise QemuFailed(f"QEMU did not start within {START_SECONDS:.0f} s") from None
 
     async def _connect(self, monitor: Path) -> None:
         while True:

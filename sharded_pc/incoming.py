@@ -17,6 +17,7 @@ from typing import Protocol
 from sharded_pc.errors import (
     ConnectionLost,
     RemoteProtocolError,
+    ShardedPcError,
     StreamEnded,
 )
 from sharded_pc.geometry import PAGE_BYTES, RamBlock
@@ -78,6 +79,7 @@ class Incoming:
         self._loading: Future | None = None
         self._deferred: list | None = None
         self._loaded = threading.Event()
+        self._load_error: ShardedPcError | None = None
         self._handlers: dict[type, tuple[Message | None, Callable]] = {
             events.Configuration: (None, self._configuration),
             events.RamBlocks: (None, self._blocks),
@@ -199,6 +201,8 @@ class Incoming:
             if not future.cancelled() and future.exception() is None:
                 for event in rest:
                     self._handle(event)
+        except ShardedPcError as error:
+            self._load_error = error
         finally:
             self._loaded.set()
 
@@ -209,6 +213,8 @@ class Incoming:
         while not self._loaded.wait(0.1):
             if self._stop.is_set:
                 raise Stopped("stopped")
+        if self._load_error is not None:
+            raise self._load_error
         self._loading.result()
 
     # RAM records, in C

@@ -50,7 +50,7 @@ class GuestMemory:
         try:
             pool_bytes = shards * POOL_BYTES_PER_SHARD
             pool = Segment.create(f"/{name}{shm.POOL}", pool_bytes, reserve=True)
-        except HostError:
+        except BaseException:
             control.unlink()
             control.close()
             raise
@@ -93,7 +93,7 @@ class GuestMemory:
             bits = sum(-(-block.pages // 64) * 64 for block in geometry.blocks)
             made.append(Segment.create(f"/{self.name}{shm.BITMAPS}", bits // 4, reserve=True))
             self.control.publish(geometry)
-        except HostError:
+        except BaseException:
             for segment in made:
                 segment.unlink()
                 segment.close()

@@ -1,4 +1,4 @@
-"""Child processes: spawned, with a pipe, and deaf to ^C, which is their parent's to handle."""
+"""Child processes: spawned, with a pipe, and deaf to ^C and its like, which are their parent's to handle."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+GROUP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
 
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
-    """Processes started within never hear ^C, not even while they import."""
+    """Processes started within never hear ^C, nor what else is sent to a whole process group (by
+    timeout(1), systemd, a closing terminal): it is their parent's to end them in order."""
     resource_tracker.ensure_running()  # its first start, inside start(), would unblock ^C
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
     try:
         yield
     finally:

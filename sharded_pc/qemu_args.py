@@ -166,6 +166,10 @@ def _wanted(options: _Options) -> list[tuple[str, int]]:
     return out
 
 
+def _size(size: int) -> str:
+    return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
+
+
 def _match(id_: str, size: int, free: list[RamBlock], what: str) -> RamBlock:
     """The source's block for a destination's backend: the same name, else the only one of its
     size."""
@@ -173,9 +177,9 @@ def _match(id_: str, size: int, free: list[RamBlock], what: str) -> RamBlock:
     sized = [block for block in free if block.size == size]
     found = named or (sized if len(sized) == 1 else sized[:1])
     if not found or found[0].size != size:
-        listed = ", ".join(f"{b.name} {b.size >> 20} MiB" for b in free)
+        listed = ", ".join(f"{b.name} {_size(b.size)}" for b in free)
         raise UsageError(
-            f"{what} of {size >> 20} MiB fits no RAM block of the source ({listed}); start the "
+            f"{what} of {_size(size)} fits no RAM block of the source ({listed}); start the "
             f"destination with the source's memory size"
         )
     free.remove(found[0])

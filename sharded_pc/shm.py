@@ -80,8 +80,9 @@ class Segment:
                 f"shared memory {name} exists already; choose another --name, or remove a dead "
                 f"receiver's with `sharded-pc clean`"
             ) from None
-        except OSError as error:
-            raise HostError(f"create shared memory {name}: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: above the limit of file sizes
+            why = getattr(error, "strerror", None) or error
+            raise HostError(f"create shared memory {name} of {size} bytes: {why}") from error
         segment = cls(name, made.fd, size)
         if reserve:
             segment._reserve()

@@ -138,6 +138,9 @@ def attach(
     try:
         _connect(sock, target)
         return _hand_over(sock, timeout, wait_ready)
+    except ConnectionError as error:
+        sock.close()
+        raise AttachError("the receiver went away in the middle of the hand-over") from error
     except BaseException:
         sock.close()
         raise
@@ -152,15 +155,20 @@ def _connect(sock: socket.socket, path: str) -> None:
 
 def _hand_over(sock: socket.socket, timeout: float | None, wait_ready: bool) -> Guest:
     inbox = fds.Inbox()
-    fds.send(sock, protocol.attach())
-    answer = fds.receive_message(sock, inbox)
-    if answer is None:
-        raise AttachError("the receiver closed the attach socket")
-    offer = protocol.check_geometry(answer)
-    segments = [Segment.from_fd(fd) for fd in inbox.take_fds()]
-    _check_segments(offer.ram, segments)
-    guest = Guest(offer.ram, segments, sock)
-    guest._inbox = inbox
+    with contextlib.ExitStack() as undo:
+        undo.callback(inbox.close)
+        fds.send(sock, protocol.attach())
+        answer = fds.receive_message(sock, inbox)
+        if answer is None:
+            raise AttachError("the receiver closed the attach socket")
+        offer = protocol.check_geometry(answer)
+        segments = [Segment.from_fd(fd) for fd in inbox.take_fds()]
+        for segment in segments:
+            undo.callback(segment.close)
+        _check_segments(offer.ram, segments)
+        guest = Guest(offer.ram, segments, sock)
+        guest._inbox = inbox
+        undo.pop_all()
     try:
         rights = [] if offer.mode is None else guest.register(protocol.MODES[offer.mode])
         fds.send(sock, protocol.mappings(guest.addresses()), rights)

@@ -142,7 +142,12 @@ def check_geometry(message: object) -> Offer:
     body = _body(message, "geometry")
     if body.get("version") != VERSION:
         raise AttachError(f"geometry version {body.get('version')!r}, expected {VERSION}")
-    blocks = tuple(RamBlock(b["name"], b["size"], b["page-size"]) for b in body["blocks"])
-    return Offer(
-        body["name"], Geometry(blocks, body["shards"], body["stripe-size"]), body["mode"]
-    )
+    try:
+        blocks = tuple(RamBlock(b["name"], b["size"], b["page-size"]) for b in body["blocks"])
+        ram = Geometry(blocks, body["shards"], body["stripe-size"])
+        good = ram.shards > 0 and ram.stripe_bytes > 0 and body["mode"] in (None, *MODES)
+    except (KeyError, TypeError):
+        good = False
+    if not good:
+        raise AttachError(f"the receiver's geometry cannot be used: {str(body)[:80]}")
+    return Offer(body.get("name", ""), ram, body["mode"])

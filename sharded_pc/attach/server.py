@@ -58,6 +58,8 @@ class AttachServer:
         self._over = asyncio.Event()
         self._last_word = protocol.event(protocol.COMPLETED)
         self._guests: dict[int, socket.socket] = {}
+        self._pids: set[int] = set()
+        """processes that have finished the hand-over, now or before"""
         self._free = list(range(MAX_GUESTS))
         self._clients: set[asyncio.Task] = set()
         self._accepting = asyncio.create_task(self._accept())
@@ -97,7 +99,7 @@ class AttachServer:
 
     def has_guest(self, pid: int) -> bool:
         """The process `pid`, or a child of it, has handed its userfaultfds over."""
-        return any(pid in _ancestry(_peer_pid(sock)) for sock in self._guests.values())
+        return any(pid in _ancestry(each) for each in self._pids)
 
     async def close(self) -> None:
         """Removes the socket; clients see the end of the stream.  A second call does nothing."""
@@ -127,7 +129,7 @@ class AttachServer:
         except ShardedPcError as error:
             log.warning("attach refused: %s", error)
             _tell(client, protocol.error(str(error)))
-        except ConnectionError as error:
+        except OSError as error:
             log.warning("attach given up: %s", error)
         finally:
             inbox.close()
@@ -149,6 +151,7 @@ class AttachServer:
         fds.send(client, offer, [block.fd for block in self._memory.blocks])
         addresses = protocol.check_mappings(await self._message(client, inbox), ram)
         if over:
+            self._pids.add(_peer_pid(client))
             _tell(client, {"attached": {"guest": -1}})
             _tell(client, self._last_word)
             return
@@ -211,6 +214,7 @@ class AttachServer:
             for fd in uffds:
                 os.close(fd)
         self._guests[slot] = client
+        self._pids.add(_peer_pid(client))
         self._memory.control.note_guests(len(self._guests))
         _tell(client, {"attached": {"guest": slot}})
         if self._over.is_set():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -73,3 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(error.exit_code)
     except BrokenPipeError:
         return int(ExitCode.FAILED)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (OSError, MemoryError) as error:
+        print(f"sharded-pc: {error or 'out of memory'}", file=sys.stderr)
+        return int(ExitCode.HOST)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import tempfile
+from pathlib import Path
 
 from sharded_pc.errors import ExitCode
 
@@ -21,9 +24,11 @@ class Clean:
     def run(self, args: argparse.Namespace) -> int:
         from sharded_pc import shm
 
-        for found in shm.receivers():
-            if args.name in (None, found.name):
-                print(self._one(found, args))
+        found = [each for each in shm.receivers() if args.name in (None, each.name)]
+        for each in found:
+            print(self._one(each, args))
+        if not found:
+            print(f"no receiver {args.name!r} here" if args.name else "nothing to clean")
         return int(ExitCode.COMPLETED)
 
     def _one(self, found, args: argparse.Namespace) -> str:
@@ -37,4 +42,16 @@ class Clean:
         if args.list:
             return f"{what}, dead"
         shm.remove(found)
+        _remove_paths(found.name)
         return f"{what}, removed"
+
+
+def _remove_paths(name: str) -> None:
+    """Its attach socket, if it stood in the usual place, and its temporary folder."""
+    from sharded_pc.coordinator import folder_prefix, runtime_path
+
+    socket = Path(runtime_path(name, "attach"))
+    if socket.is_socket():
+        socket.unlink()
+    for folder in Path(tempfile.gettempdir()).glob(f"{folder_prefix(name)}*"):
+        shutil.rmtree(folder, ignore_errors=True)

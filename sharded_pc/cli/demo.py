@@ -34,13 +34,14 @@ class Demo:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--size", type=_mib, default=512 << 20, help="of the RAM (default 512M)")
-        parser.add_argument("--workers", type=int, default=2, metavar="N")
+        parser.add_argument("--workers", type=int, default=2, metavar="N", help="default 2")
         parser.add_argument("--no-progress", action="store_true")
 
     def run(self, args: argparse.Namespace) -> int:
         if args.size < 16 << 20:
             raise UsageError("--size: at least 16M, so that there is something to see")
-        with tempfile.TemporaryDirectory(prefix="sharded-pc-demo-") as folder:
+        prefix = f"sharded-pc.demo-{os.getpid()}."  # as `clean` looks for it
+        with tempfile.TemporaryDirectory(prefix=prefix) as folder:
             return asyncio.run(_demo(args, Path(folder)))
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from sharded_pc.address import ExecAddress, FdAddress, FileAddress
 from sharded_pc.errors import ExitCode, ShardedPcError, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="of this receiver and its shared memory (default: guest-PID)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
     parser.add_argument(
-        "--placement", choices=["auto", "copy", "continue"], default="auto", help="see docs"
+        "--placement", choices=["auto", "copy", "continue"], default="auto", help="how pages become visible; only copy (UFFDIO_COPY) is there so far"
     )
     parser.add_argument("--attach", metavar="PATH", help="socket where guests attach")
     parser.add_argument("--control", metavar="PATH", help="socket that speaks QMP")
@@ -100,7 +101,8 @@ class Session:
         self.coordinator = Coordinator(settings, self._listening)
 
     def _listening(self, address: object) -> None:
-        print(f"listening on {address}", file=sys.stderr)
+        ready = isinstance(address, FileAddress | FdAddress | ExecAddress)
+        print(f"{'reading from' if ready else 'listening on'} {address}", file=sys.stderr)
         print(f"guests attach at {self._settings.attach}", file=sys.stderr, flush=True)
 
     async def run(self, afterwards: Callable[[Session], Awaitable[int]]) -> int:

@@ -162,7 +162,7 @@ def summary(info: dict) -> str:
     ]
     for shard in sharded["shards"]:
         lines.append(
-            f"shard {shard['shard']} (pid {shard['pid']}): {shard['pages']} pages, "
+            f"shard {shard['shard']} (pid {shard['pid']}), after the switch: {shard['pages']} pages, "
             f"{shard['zero-pages']} zero, {shard['faults']} faults, "
             f"{shard['late-faults']} of them late, {shard['copies']} copies"
         )

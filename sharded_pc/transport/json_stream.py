@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 
-MAX_VALUE_BYTES = 1 << 16
+MAX_VALUE_BYTES = 1 << 18
 _DECODER = json.JSONDecoder()
 _LITERALS = ("true", "false", "null", "-")
 
 
 class JsonSplitter:
     """feed() bytes, take() values.  ValueError from take() on what is not and cannot become JSON,
-    or is longer than 64 KiB."""
+    or is longer than 256 KiB."""
 
     def __init__(self) -> None:
         self._raw = b""
