@@ -75,7 +75,9 @@ def _tcp(rest: str) -> TcpAddress:
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
-        raise UsageError(f"tcp address {rest!r}: put the IPv6 host in brackets, tcp:[{host}]:{port}")
+        raise UsageError(
+            f"tcp address {rest!r}: put the IPv6 host in brackets, tcp:[{host}]:{port}"
+        )
     return TcpAddress(host, int(port))
 
 

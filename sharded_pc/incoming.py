@@ -242,7 +242,12 @@ class Incoming:
         self._receiver.define(event.blocks)
         memory = self._memory
         self._ram = Ram(
-            self._stream, self._control, memory.received, memory.requested, memory.pool.map, self._stop
+            self._stream,
+            self._control,
+            memory.received,
+            memory.requested,
+            memory.pool.map,
+            self._stop,
         )
         for index, segment in enumerate(memory.blocks):
             self._ram.use_block(index, segment.fd)
@@ -268,8 +273,8 @@ class Incoming:
     def _advise(self, event: events.PostcopyAdvise) -> None:
         if event.page_sizes is None:
             raise RemoteProtocolError(
-                "POSTCOPY_ADVISE for dirty bitmaps only: turn the source's dirty-bitmaps capability "
-                "off or its postcopy-ram capability on"
+                "POSTCOPY_ADVISE for dirty bitmaps only: turn the source's dirty-bitmaps "
+                "capability off or its postcopy-ram capability on"
             )
         if event.target_page_size != PAGE_BYTES:
             raise RemoteProtocolError(

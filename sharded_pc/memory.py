@@ -65,7 +65,9 @@ class GuestMemory:
         control = Segment.open(f"/{name}{shm.CONTROL}")
         memory = cls(name, control, Segment.open(f"/{name}{shm.POOL}"))
         if not memory.control.is_valid():
-            raise HostError(f"shared memory {control.name} is not a control segment of this version")
+            raise HostError(
+                f"shared memory {control.name} is not a control segment of this version"
+            )
         memory.load()
         return memory
 

@@ -110,7 +110,9 @@ class MigrationIncomingState:
         """The next page (block, offset) that a guest waits for and the source must send, or None
         after `timeout` seconds."""
         found = take_request(self.memory.control, self.shard, timeout)
-        return None if found is None else (self.geometry.blocks[found[0]].name, found[1] * PAGE_BYTES)
+        return (
+            None if found is None else (self.geometry.blocks[found[0]].name, found[1] * PAGE_BYTES)
+        )
 
     def _started(self) -> ShardWorker:
         if self.worker is None:

@@ -1,4 +1,4 @@
-"""Child processes: spawned, with a pipe, and deaf to ^C and its like, which are their parent's to handle."""
+"""Child processes: spawned, with a pipe, and deaf to ^C and its like (their parent hears them)."""
 
 from __future__ import annotations
 

@@ -130,10 +130,14 @@ def _check(options: _Options) -> None:
     for name, at in options.found:
         value = options.arguments[at]
         if name == "-incoming" and value != "defer":
-            raise UsageError(f"QEMU option -incoming {value}: the stream comes through this receiver")
+            raise UsageError(
+                f"QEMU option -incoming {value}: the stream comes through this receiver"
+            )
         if name == "-overcommit" and split_options(value).get("mem-lock") == "on":
-            raise UsageError("QEMU option -overcommit mem-lock=on: RAM that arrives on demand "
-                             "cannot be locked; remove it")
+            raise UsageError(
+                "QEMU option -overcommit mem-lock=on: RAM that arrives on demand "
+                "cannot be locked; remove it"
+            )
         driver = _object_keys(value).get("", "") if name == "-device" else ""
         if driver in _REFUSED_DEVICES:
             raise UsageError(f"QEMU device {driver}: {_REFUSED_DEVICES[driver]}")
@@ -202,9 +206,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
     _wanted(options)
 
 
-def plan(
-    arguments: Sequence[str], blocks: Iterable[RamBlock], paths: Mapping[str, str]
-) -> Plan:
+def plan(arguments: Sequence[str], blocks: Iterable[RamBlock], paths: Mapping[str, str]) -> Plan:
     """The destination's command line on our segments.
 
     `arguments` is the user's (program first), `blocks` the source's, `paths` the segment's file for

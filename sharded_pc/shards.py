@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from multiprocessing import reduction
 
@@ -96,10 +97,8 @@ class ShardProcess:
         if self._stopping:
             return
         self._stopping = True
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError, OSError):
             self._conn.send(("stop",))
-        except (BrokenPipeError, ConnectionResetError, OSError):
-            pass
         await asyncio.to_thread(self.process.join, STOP_SECONDS)
         if self.process.is_alive():
             self.process.kill()

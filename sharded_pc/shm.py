@@ -15,6 +15,7 @@ dead receiver's leftovers from a live one's: a lock cannot outlive its process, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -144,10 +145,8 @@ class Segment:
 
     def unlink(self) -> None:
         """Removes the name; memory goes when the last mapping does."""
-        try:
+        with contextlib.suppress(posix_ipc.ExistentialError):
             posix_ipc.unlink_shared_memory(self.name)
-        except posix_ipc.ExistentialError:
-            pass
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

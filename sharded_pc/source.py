@@ -26,7 +26,7 @@ ANSWER_SECONDS = 30.0
 
 
 class ReturnPathReader:
-    """Reads the destination's messages on a thread: requests queue up, PONGs and SHUT are events."""
+    """Reads the destination's messages on a thread: requests queue up, SHUT can be waited for."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -93,9 +93,12 @@ class SyntheticSource:
         self._named: int | None = None
         count = range(len(pages.blocks))
         self._final = [pages.final(block) for block in count]
-        self._missing = [bytearray(b != a for a, b in
-                                   zip(pages.precopied(block), self._final[block], strict=True))
-                         for block in count]
+        self._missing = [
+            bytearray(
+                b != a for a, b in zip(pages.precopied(block), self._final[block], strict=True)
+            )
+            for block in count
+        ]
         self._scan = (0, 0)
         self.requested_pages = 0
 

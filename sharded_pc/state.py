@@ -6,7 +6,7 @@ the one users see in `query-migrate`; it follows from what happens and never dec
 
 Rule 1: everything that decides what may come next is in TRANSITIONS.  A message that is not in the
 table for the present state is a protocol error; there are no other checks of this kind anywhere.
-Rule 2: the table knows messages, not bytes: whether a message is well formed is the wire's business.
+Rule 2: the table knows messages, not bytes: whether one is well formed is the wire's business.
 
 `Message` names what the stream can bring; commands carry QEMU's names without MIG_CMD_.
 docs/states.md is drawn from this table (`tools/draw-states`).
@@ -146,4 +146,3 @@ def markdown() -> str:
         row = (c.name if c is not None else "error" for c in cells)
         lines.append(f"| {message.value} | " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
-

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import mmap
-import os
 import multiprocessing
+import os
 import threading
 from array import array
 from multiprocessing import reduction
@@ -275,4 +275,3 @@ def test_cleanup_after_init_only(unique_name):
         pc.postcopy_ram_incoming_init(mis)
         pc.postcopy_ram_incoming_cleanup(mis)
         assert pc.postcopy_ram_incoming_cleanup(mis) == 0
-

@@ -25,7 +25,9 @@ def backend(id_: str, mib: int, block: str | None = None) -> str:
     return f"memory-backend-file,id={id_},size={mib * MIB}B,mem-path={path},share=on"
 
 
-@pytest.mark.parametrize("memory", ["-m 256", "-m 256M", "-m size=256M", "-m 0.25G", "-m 256,slots=2"])
+@pytest.mark.parametrize(
+    "memory", ["-m 256", "-m 256M", "-m size=256M", "-m 0.25G", "-m 256,slots=2"]
+)
 def test_plain_memory_becomes_a_shared_backend(memory):
     made = plan(f"{memory} -nodefaults")
     assert made.arguments[-6:] == (
@@ -59,7 +61,8 @@ def test_a_named_backend_is_replaced_and_keeps_its_name(object_):
 
 def test_numa_nodes_get_a_backend_each_at_their_address():
     made = plan(
-        "-m 256 -object memory-backend-ram,id=ram1,size=192M -object memory-backend-ram,id=ram0,size=64M "
+        "-m 256 -object memory-backend-ram,id=ram1,size=192M "
+        "-object memory-backend-ram,id=ram0,size=64M "
         "-numa node,memdev=ram0 -numa node,memdev=ram1",
         TWO,
     )
@@ -68,7 +71,9 @@ def test_numa_nodes_get_a_backend_each_at_their_address():
 
 
 def test_the_rest_of_the_command_line_is_left_alone():
-    given = "-m 256 -S -qmp unix:q,server=on -device virtio-rng-pci -smp 2 -incoming defer --nographic"
+    given = (
+        "-m 256 -S -qmp unix:q,server=on -device virtio-rng-pci -smp 2 -incoming defer --nographic"
+    )
     made = plan(given)
     assert made.arguments[1 : 1 + len(given.split())] == tuple(given.split())
     assert made.arguments.count("-incoming") == 1
@@ -90,7 +95,8 @@ def test_the_rest_of_the_command_line_is_left_alone():
         ('-m 256 -device {"driver":"vfio-pci"}', "vfio-pci"),
         ("-m 256 -machine memory-backend=none", "no -object of that id"),
         (
-            "-m 256 -machine memory-backend=m -object memory-backend-memfd,id=m,size=256M,hugetlb=on",
+            "-m 256 -machine memory-backend=m "
+            "-object memory-backend-memfd,id=m,size=256M,hugetlb=on",
             "hugetlb=on",
         ),
     ],

@@ -24,21 +24,37 @@ def test_head_is_what_qemu_reads():
     name = b"configuration/capabilities"
     expected = (
         b"QEVM\0\0\0\3"
-        + b"\x07" + struct.pack(">I", 13) + b"pc-i440fx-7.2"
-        + b"\x05" + bytes([len(name)]) + name + struct.pack(">II", 1, 1) + b"\x0fx-ignore-shared"
-        + b"\x01" + struct.pack(">I", 2) + b"\x03ram" + struct.pack(">II", 0, 4)
+        + b"\x07"
+        + struct.pack(">I", 13)
+        + b"pc-i440fx-7.2"
+        + b"\x05"
+        + bytes([len(name)])
+        + name
+        + struct.pack(">II", 1, 1)
+        + b"\x0fx-ignore-shared"
+        + b"\x01"
+        + struct.pack(">I", 2)
+        + b"\x03ram"
+        + struct.pack(">II", 0, 4)
         + struct.pack(">Q", (1 << 20) + 3 * 4096 | RamFlag.MEM_SIZE)
-        + b"\x06pc.ram" + struct.pack(">QQ", 1 << 20, 0)
-        + b"\x07pc.bios" + struct.pack(">QQ", 3 * 4096, 0)
-        + struct.pack(">Q", RamFlag.EOS) + b"\x7e" + struct.pack(">I", 2)
-        + b"\x03" + struct.pack(">I", 2)
+        + b"\x06pc.ram"
+        + struct.pack(">QQ", 1 << 20, 0)
+        + b"\x07pc.bios"
+        + struct.pack(">QQ", 3 * 4096, 0)
+        + struct.pack(">Q", RamFlag.EOS)
+        + b"\x7e"
+        + struct.pack(">I", 2)
+        + b"\x03"
+        + struct.pack(">I", 2)
     )
     assert made == expected
 
 
 def test_addresses_stand_with_their_blocks():
     made = resume.head("q35", [(RamBlock("a", 4096), 0), (RamBlock("b", 8192), 4096)])
-    assert b"\x01a" + struct.pack(">QQ", 4096, 0) + b"\x01b" + struct.pack(">QQ", 8192, 4096) in made
+    assert (
+        b"\x01a" + struct.pack(">QQ", 4096, 0) + b"\x01b" + struct.pack(">QQ", 8192, 4096) in made
+    )
 
 
 def test_tail_ends_with_a_description_so_that_qemu_does_not_warn():

@@ -28,9 +28,7 @@ class Guest:
     so other Python threads of this process wait too.  Use it as a context manager, or close().
     """
 
-    def __init__(
-        self, ram: Geometry, segments: list[Segment], sock: socket.socket | None
-    ) -> None:
+    def __init__(self, ram: Geometry, segments: list[Segment], sock: socket.socket | None) -> None:
         self.geometry = ram
         self._segments = segments
         self._sock = sock

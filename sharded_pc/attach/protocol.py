@@ -27,6 +27,7 @@ missing pages will not come from this receiver: accesses to them wait.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from sharded_pc.errors import AttachError
 from sharded_pc.geometry import Geometry, RamBlock
@@ -121,7 +122,7 @@ def _check_address(name: str, address: object, ram: Geometry) -> None:
 
 def _check_overlaps(addresses: dict[str, int], ram: Geometry) -> None:
     spans = sorted((address, address + ram.block(name).size) for name, address in addresses.items())
-    for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+    for (_, end), (start, _) in itertools.pairwise(spans):
         if start < end:
             raise AttachError(f"two blocks are mapped at address {start:#x}")
 

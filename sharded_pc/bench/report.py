@@ -58,7 +58,9 @@ class Column:
     def cell(self, result: dict) -> str:
         value = result[self.key]
         if self.form == "both":
-            return " / ".join(self._number(value[which]["median"]) for which in ("product", "floor"))
+            return " / ".join(
+                self._number(value[which]["median"]) for which in ("product", "floor")
+            )
         if self.form == "plain":
             return self._number(value) if value is not None else "-"
         median, least, most = (self._number(value[self.form][k]) for k in ("median", "min", "max"))

@@ -34,11 +34,13 @@ def _load(path: str):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sharded-pc",
-        description="Receive a QEMU guest by postcopy migration into RAM shared by several processes.",
-        epilog="Exit codes: 0 completed, 1 failed, 2 usage, 3 the host cannot, 4 the source broke the "
-        "protocol, 5 connection lost, 6 guest lost, 130/143 ended by SIGINT/SIGTERM.",
+        description="Receive a QEMU guest by postcopy into RAM shared by several processes.",
+        epilog="Exit codes: 0 completed, 1 failed, 2 usage, 3 the host cannot, 4 the source broke "
+        "the protocol, 5 connection lost, 6 guest lost, 130/143 ended by SIGINT/SIGTERM.",
     )
-    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+    parser.add_argument(
+        "--log-level", default="warning", choices=["debug", "info", "warning", "error"]
+    )
     words = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for word, path in COMMANDS.items():
         command = _load(path)
@@ -65,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{args.command} takes no command behind --")
     args.qemu = tail
     logging.basicConfig(
-        level=args.log_level.upper(), format="sharded-pc: %(levelname)s: %(message)s", stream=sys.stderr
+        level=args.log_level.upper(),
+        format="sharded-pc: %(levelname)s: %(message)s",
+        stream=sys.stderr,
     )
     try:
         return args.run(args)

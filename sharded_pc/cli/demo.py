@@ -33,7 +33,9 @@ class Demo:
     help = "source, receiver and guest in one command, verified"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--size", type=_mib, default=512 << 20, help="of the RAM (default 512M)")
+        parser.add_argument(
+            "--size", type=_mib, default=512 << 20, help="of the RAM (default 512M)"
+        )
         parser.add_argument("--workers", type=int, default=2, metavar="N", help="default 2")
         parser.add_argument("--no-progress", action="store_true")
 

@@ -23,17 +23,24 @@ def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "incoming",
         metavar="INCOMING",
-        help="tcp:HOST:PORT (port 0 prints the real one), unix:PATH, fd:N, exec:COMMAND or file:PATH",
+        help="tcp:HOST:PORT (0: any port), unix:PATH, fd:N, exec:COMMAND or file:PATH",
     )
-    parser.add_argument("--name", help="of this receiver and its shared memory (default: guest-PID)")
+    parser.add_argument(
+        "--name", help="of this receiver and its shared memory (default: guest-PID)"
+    )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
     parser.add_argument(
-        "--placement", choices=["auto", "copy", "continue"], default="auto", help="how pages become visible; only copy (UFFDIO_COPY) is there so far"
+        "--placement",
+        choices=["auto", "copy", "continue"],
+        default="auto",
+        help="how pages become visible; only copy (UFFDIO_COPY) is there so far",
     )
     parser.add_argument("--attach", metavar="PATH", help="socket where guests attach")
     parser.add_argument("--control", metavar="PATH", help="socket that speaks QMP")
     parser.add_argument("--record", metavar="FILE", help="write the stream down as it comes")
-    parser.add_argument("--keep", action="store_true", help="leave the RAM in shared memory on exit")
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the RAM in shared memory on exit"
+    )
     parser.add_argument("--status-fd", type=int, metavar="N", help="gets one byte when listening")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     parser.add_argument("--no-progress", action="store_true", help="no progress on standard error")

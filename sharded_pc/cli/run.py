@@ -20,9 +20,7 @@ class Run:
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_receiver_arguments(parser)
         parser.usage = "sharded-pc run INCOMING [options] -- QEMU ARGS"
-        parser.epilog = (
-            "QEMU ARGS is the destination's usual command line: qemu-system-x86_64 and its arguments."
-        )
+        parser.epilog = "QEMU ARGS: the destination's usual command line, program first."
         parser.set_defaults(qemu=[])
 
     def run(self, args: argparse.Namespace) -> int:

@@ -94,9 +94,7 @@ class BareLoop:
     def faults(self, pages: array, threads: int, *, zero: bool) -> Touched:
         """As touch(), one handler thread beside them answering with a copy or, if `zero`, zeros."""
         call = _Touching(pages)
-        return call.result(
-            lib.sp_floor_faults(self.raw, *call.order, threads, zero, *call.out)
-        )
+        return call.result(lib.sp_floor_faults(self.raw, *call.order, threads, zero, *call.out))
 
 
 def feed_block(control: Control, block: int, kind: Kind, batch: int, stop: Stop) -> int:

@@ -109,13 +109,19 @@ def raise_for(status: int, errno: int) -> None:
 
 
 class Ram:
-    """Takes RAM records off a stream and routes them: to segments before LISTENING, to shards after.
+    """Takes RAM records off a stream: into segments before LISTENING, to shards from then on.
 
     Buffers and the stream must outlive this object.
     """
 
     def __init__(
-        self, stream: Stream, control: Control, received: Bitmap, requested: Bitmap, pool, stop: Stop
+        self,
+        stream: Stream,
+        control: Control,
+        received: Bitmap,
+        requested: Bitmap,
+        pool,
+        stop: Stop,
     ) -> None:
         self._keep = (stream, control, received, requested, stop)
         self._pool = ffi.from_buffer(pool, require_writable=True)

@@ -26,9 +26,7 @@ class Shard:
         self._keep = (control, received, requested, uffd)
         self._views: list = []
         pool_view = self._view(pool)
-        raw = lib.sp_worker_new(
-            control.raw, index, pool_view, received.raw, requested.raw, uffd.fd
-        )
+        raw = lib.sp_worker_new(control.raw, index, pool_view, received.raw, requested.raw, uffd.fd)
         self.raw = ffi.gc(ensure_object(raw, "allocate a worker"), lib.sp_worker_free)
 
     def _view(self, buffer):

@@ -37,7 +37,7 @@ class Fill(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Info:
-    """What the kernel offers: bits as in linux/userfaultfd.h; errnos say why a way was not taken."""
+    """What the kernel offers: bits of linux/userfaultfd.h; errnos say why a way was not taken."""
 
     how: How
     features: int

@@ -1,1 +1,1 @@
-"""Views of a receiver: what its control segment says, as QEMU would say it.  Nothing here writes."""
+"""A receiver seen: what its control segment says, as QEMU would say it.  Nothing here writes."""

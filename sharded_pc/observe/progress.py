@@ -38,7 +38,9 @@ class ShardProgress:
 
     def received(self) -> list[int]:
         counts = [0] * self._ram.shards
-        first_bits = {b.name: self._memory.control.block(i)[2] for i, b in enumerate(self._ram.blocks)}
+        first_bits = {
+            b.name: self._memory.control.block(i)[2] for i, b in enumerate(self._ram.blocks)
+        }
         for extent in self._ram.extents():
             first = first_bits[extent.block] + extent.offset // 4096
             counts[extent.shard] += self._memory.received.count(first, extent.size // 4096)
@@ -83,8 +85,10 @@ async def _pause(over: asyncio.Event, seconds: float) -> bool:
 
 def line(memory: GuestMemory, progress: ShardProgress) -> str:
     """'postcopy-active  61 %  shards 63 % 59 %  412 MiB  1201 faults'"""
-    shares = [100 * got // max(total, 1) for got, total in
-              zip(progress.received(), progress.totals, strict=True)]
+    shares = [
+        100 * got // max(total, 1)
+        for got, total in zip(progress.received(), progress.totals, strict=True)
+    ]
     whole = 100 * sum(progress.received()) // max(sum(progress.totals), 1)
     faults = sum(s.faults for s in memory.control.shards())
     each = " ".join(f"{share:3d} %" for share in shares)
@@ -162,10 +166,9 @@ def summary(info: dict) -> str:
     ]
     for shard in sharded["shards"]:
         lines.append(
-            f"shard {shard['shard']} (pid {shard['pid']}), after the switch: {shard['pages']} pages, "
+            f"shard {shard['shard']} (pid {shard['pid']}), after the switch: "
+            f"{shard['pages']} pages, "
             f"{shard['zero-pages']} zero, {shard['faults']} faults, "
             f"{shard['late-faults']} of them late, {shard['copies']} copies"
         )
     return "\n".join([*lines, *latency_lines(info["postcopy-latency-dist"])])
-
-

@@ -145,8 +145,9 @@ class QmpServer:
             client.negotiated = True
             return {}
         if not client.negotiated:
-            raise QmpError("Expecting capabilities negotiation with 'qmp_capabilities'",
-                           "CommandNotFound")
+            raise QmpError(
+                "Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound"
+            )
         if command not in self._commands:
             raise QmpError(f"The command {command} has not been found", "CommandNotFound")
         return self._commands[command]()

@@ -42,9 +42,7 @@ class Visitor:
 
     def _choose(self, block: int, share: float) -> bytes:
         pages = self._oracle.blocks[block].pages
-        return bytes(
-            GUEST if self._random.random() < share else oracle.KEEP for _ in range(pages)
-        )
+        return bytes(GUEST if self._random.random() < share else oracle.KEEP for _ in range(pages))
 
     def visit(self, threads: int = 2) -> Visit:
         """WrongPage names the first wrong one."""

@@ -93,9 +93,7 @@ class _ReadyListener(Listener):
 
 def _tcp(where: addr.TcpAddress) -> Listener:
     host = where.host or None
-    infos = socket.getaddrinfo(
-        host, where.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
+    infos = socket.getaddrinfo(host, where.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, kind, proto, _, sockaddr = infos[0]
     sock = socket.socket(family, kind, proto)
     try:

@@ -19,7 +19,7 @@ MOST_PINGS = 4
 
 
 def parse(blob: bytes) -> list:
-    """Events of a package, in order; RemoteProtocolError if head or tail is not as QEMU writes it."""
+    """Events of a package, in order; RemoteProtocolError unless head and tail are QEMU's."""
     if not blob.startswith(LISTEN):
         raise RemoteProtocolError(
             f"package of {len(blob)} bytes begins with {blob[:5].hex()}, expected POSTCOPY_LISTEN"

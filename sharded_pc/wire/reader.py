@@ -102,8 +102,7 @@ class StreamReader:
             raise RemoteProtocolError(f"{type(event).__name__} outside a package")
         yield event
         if isinstance(event, events.Packaged):
-            for inner in package.parse((yield from _package(event.length))):
-                yield inner
+            yield from package.parse((yield from _package(event.length)))
 
     def _start(self) -> Parser:
         section = yield from number(4)
@@ -189,9 +188,7 @@ def _package(length: int) -> Parser:
         piece = yield Some(length - len(blob))
         if not piece:
             missing = f"{length - len(blob)} bytes of {length} missing"
-            raise StreamEnded(
-                f"the stream ended inside a package, {missing}", offset=(yield TELL)
-            )
+            raise StreamEnded(f"the stream ended inside a package, {missing}", offset=(yield TELL))
         blob += piece
     return bytes(blob)
 

@@ -44,6 +44,4 @@ def head(machine: str, blocks: Sequence[tuple[RamBlock, int]]) -> bytes:
 
 def tail(devices: bytes) -> bytes:
     """Everything behind the pages."""
-    return (
-        writer.eos() + writer.footer() + devices + writer.eof() + writer.vmdescription({})
-    )
+    return writer.eos() + writer.footer() + devices + writer.eof() + writer.vmdescription({})
