@@ -75,10 +75,12 @@ class Runner(Receiver):
 
     def __init__(
         self, folder: Path, name: str, guest: Destination | Sequence[str], *options: str,
-        incoming: str | None = None, environment: dict[str, str] | None = None, **more: Any,
+        incoming: str | None = None, environment: dict[str, str] | None = None,
+        program: Sequence[str] = (), **more: Any,
     ) -> None:  # fmt: skip
         super().__init__(folder, name, incoming, *options, keep=False, **more)
         self.guest = guest
+        self.program = program or self.program
         self._temporary = Path(tempfile.mkdtemp(prefix="run-"))  # tmp_path is long for sockets
         self._environment = environment or {}
         if isinstance(guest, Destination):

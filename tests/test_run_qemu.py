@@ -51,7 +51,12 @@ class Pair:
         self.precopy()
         switch(self.source, postcopy_rate=rate)
         stop, start = self.source.wait_event("STOP"), self.guest.wait_event("RESUME")
+        self.wait_running()
         return 1000 * (seconds(start) - seconds(stop))
+
+    def wait_running(self) -> None:
+        """The receiver knows a little later than QEMU."""
+        wait_until(lambda: self.runner.look()["postcopy-state"] == "running", "the switch")
 
     def complete(self) -> dict[str, Any]:
         """The rest of the pages at full speed; the receiver's JSON object."""
@@ -103,7 +108,7 @@ def check_goes_on(vms: Pair, passes: int = 2) -> None:
 def check_info(vms: Pair, info: dict[str, Any]) -> None:
     """The figures are those of the source and of the guest's real faults."""
     theirs = vms.source.wait_migration("completed")
-    assert (info["status"], info["postcopy-state"], info["error-desc"]) == ("completed", "end", None)
+    assert (info["status"], info["postcopy-state"]) == ("completed", "end")
     check_figures(info, theirs)
     # A few requests, for private blocks, are sent beside those that are counted.
     ours, counted = info["ram"]["postcopy-requests"], theirs["ram"]["postcopy-requests"]
@@ -150,17 +155,17 @@ NUMA = (
     "-object", "memory-backend-memfd,id=right.1,size=40M,share=on",
     "-numa", "node,memdev=left", "-numa", "node,memdev=right.1",
 )  # fmt: skip
-"""Of sizes at which QEMU 10.0.2 aborts as a source whose guest writes (tlb_reset_dirty_range_all)."""
+"""Sizes at which a QEMU 10.0.2 source aborts if its guest writes (tlb_reset_dirty_range_all)."""
 BACKEND = ("-machine", "memory-backend=mem0", "-object", "memory-backend-ram,id=mem0,size=64M")
 
 
 class TestResume:
     """Of each QEMU there is, with at least 80 % of the RAM missing when the guest goes on."""
 
-    @pytest.mark.parametrize("machine", ["pc", "q35"])
-    def test_machine(self, tmp_path, unique_name, binary, machine):
-        with pair(tmp_path, unique_name, binary, machine=machine, memory_mib=256) as vms:
-            check_whole(vms, 256 * MIB)
+    @pytest.mark.parametrize(("machine", "size"), [("pc", 256), ("q35", 64)])
+    def test_machine(self, tmp_path, unique_name, binary, machine, size):
+        with pair(tmp_path, unique_name, binary, machine=machine, memory_mib=size) as vms:
+            check_whole(vms, size * MIB)
 
     @pytest.mark.parametrize(
         ("machine", "extra"),
@@ -187,10 +192,9 @@ class TestResume:
         with pair(tmp_path, unique_name, binary, differing={"extra": ("-S",)}) as vms:
             vms.precopy()
             switch(vms.source, postcopy_rate=RATE)
-            look = vms.runner.look
-            wait_until(lambda: look()["postcopy-state"] == "running", "the switch")
+            vms.wait_running()
             assert vms.guest.run_state() == "paused"
-            check_missing(look())
+            check_missing(vms.runner.look())
             vms.guest.qmp("cont")
             vms.guest.wait_event("RESUME")
             vms.complete()
@@ -217,7 +221,10 @@ class TestResume:
         folders = [tmp_path / "a", tmp_path / "b"]
         for folder in folders:
             folder.mkdir()
-        with pair(folders[0], new_name(), binary) as one, pair(folders[1], new_name(), binary) as two:
+        with (
+            pair(folders[0], new_name(), binary) as one,
+            pair(folders[1], new_name(), binary) as two,
+        ):
             for vms in (one, two):
                 vms.precopy()
             for vms in (one, two):
@@ -262,8 +269,9 @@ class TestDisk:
 class TestPrecopy:
     """It completes before anybody asks for postcopy."""
 
-    @pytest.mark.parametrize("postcopy", [False, True], ids=["plain", "advised"])
-    @pytest.mark.parametrize("machine", ["pc", "q35"])
+    @pytest.mark.parametrize(
+        ("machine", "postcopy"), [("pc", False), ("q35", True)], ids=["plain-pc", "advised-q35"]
+    )
     def test_completes(self, tmp_path, unique_name, binary, postcopy, machine):
         extra = ("-vga", "std")
         with pair(tmp_path, unique_name, binary, machine=machine, extra=extra, writes=False) as vms:

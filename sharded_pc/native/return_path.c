@@ -35,6 +35,8 @@ int sp_rp_post(sp_return_path *rp, const uint8_t *msg, size_t len)
     if (rp->n_outbox + len <= sizeof rp->outbox) {
         memcpy(rp->outbox + rp->n_outbox, msg, len);
         rp->n_outbox += len;
+        if (len > 2 && (msg[1] == MSG_REQ_PAGES_ID || msg[1] == MSG_REQ_PAGES))
+            sp_count(&rp->control->totals.requests_sent, 1);
         atomic_store(&rp->posted, 1);
         rc = 0;
     }

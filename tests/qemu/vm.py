@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qemu.qmp import ConnectError, QMPClient, QMPError
+
 from tests.qemu import TIMEOUT_S, T, VmError, WaitTimeout, wait_until
 from tests.qemu.backports import QemuBinary, distribution_qemu
 from tests.qemu.guest_image import guest_args
