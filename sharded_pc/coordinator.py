@@ -39,7 +39,7 @@ from sharded_pc.native.return_path import ReturnPath
 from sharded_pc.observe.qmp import QmpServer
 from sharded_pc.observe.status import migration_info
 from sharded_pc.shards import Shards
-from sharded_pc.state import MigrationStatus, listening
+from sharded_pc.state import MigrationStatus
 from sharded_pc.transport.incoming import Listener, Wire, listen
 from sharded_pc.wire import return_path
 
@@ -98,6 +98,9 @@ class _Bridge:
     def define(self, blocks: tuple[RamBlock, ...]) -> None:
         self._call(self._coordinator.define(blocks))
 
+    def one_channel(self) -> None:
+        self._loop.call_soon_threadsafe(self._coordinator.stop_listening)
+
     def open_return_path(self) -> None:
         self._coordinator.open_return_path()
 
@@ -154,6 +157,7 @@ class Coordinator:
         self.machine = ""
         self.destination: QemuDestination | None = None
         self._watching: asyncio.Task | None = None
+        self._second: asyncio.Task | None = None
         self.error: ShardedPcError | None = None
 
     async def __aenter__(self) -> Coordinator:
@@ -252,8 +256,8 @@ class Coordinator:
         self._announce()
         self._wire = await self._or_cancelled(self._listener.accept())
         self._exit.callback(self._wire.close)
-        second = asyncio.create_task(self._refuse_second_connections())
-        self._exit.callback(second.cancel)
+        self._second = asyncio.create_task(self._refuse_second_connection())
+        self._exit.callback(self._second.cancel)
         self.memory.control.note_started()
         bridge = _Bridge(self, asyncio.get_running_loop())
         incoming = Incoming(self.memory, self._wire.fd, self._stop, bridge, self._record_fd)
@@ -268,26 +272,29 @@ class Coordinator:
         if self._attach is not None:
             await self._attach.completed()
 
-    async def _refuse_second_connections(self) -> None:
-        """A source that opens another channel would wait for it for ever.  Before LISTENING the
-        migration fails, the source's guest goes on; later a stray connection is only closed."""
-        while True:
-            try:
-                wire = await self._listener.accept()
-            except OSError as error:  # out of descriptors, say
-                log.warning("a second connection could not be taken: %s", error)
-                return
-            wire.close()
-            if listening(self.memory.control.postcopy_state):
-                log.warning("a second connection during postcopy was closed")
-            else:
-                self._end(
-                    RemoteProtocolError(
-                        "the source opened a second connection (multifd or postcopy-preempt): turn "
-                        "these capabilities off",
-                        state=self.memory.control.postcopy_state.name,
-                    )
-                )
+    async def _refuse_second_connection(self) -> None:
+        """Multifd (and 7.2's postcopy-preempt) opens its channels first of all; the source would
+        wait for them for ever.  The migration fails, the source's guest goes on."""
+        try:
+            wire = await self._listener.accept()
+        except OSError as error:  # out of descriptors, say
+            log.warning("a second connection could not be taken: %s", error)
+            return
+        wire.close()
+        self._end(
+            RemoteProtocolError(
+                "the source opened a second connection (multifd or postcopy-preempt): turn these "
+                "capabilities off",
+                state=self.memory.control.postcopy_state.name,
+            )
+        )
+
+    def stop_listening(self) -> None:
+        """A newer source opens postcopy-preempt's channel as it switches.  It takes a refused
+        connection well, but not (10.0.2) a stream that breaks at that moment."""
+        assert self._second is not None
+        self._second.cancel()
+        self._listener.close()
 
     def _announce(self) -> None:
         self._on_listening(self._listener.address)

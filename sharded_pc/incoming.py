@@ -36,6 +36,9 @@ class Receiver(Protocol):
     def define(self, blocks: tuple[RamBlock, ...]) -> None:
         """The block list is known: memory is checked and made, workers map it."""
 
+    def one_channel(self) -> None:
+        """The source sends RAM: channels that belong to the set-up would be open by now."""
+
     def open_return_path(self) -> None: ...
 
     def post(self, message: bytes) -> None:
@@ -129,7 +132,8 @@ class Incoming:
                 f"{self.state.name}: {missing} pages are still there"
             )
         return StreamEnded(
-            "the source closed the stream before the migration was complete (cancelled?)",
+            "the source closed the stream before the migration was complete (cancelled? or in want "
+            "of a second connection for postcopy-preempt or multifd, which must be off)",
             offset=where,
             state=self.state.name,
         )
@@ -259,6 +263,8 @@ class Incoming:
         advance(self.state, kinds[event.kind])
 
     def _ram_section_end(self, event: events.RamSectionEnd) -> None:
+        if event.kind != "setup":
+            self._receiver.one_channel()
         self._control.note_transferred(self._stream.offset)
 
     def _open_return_path(self, event: events.OpenReturnPath) -> None:

@@ -292,6 +292,9 @@ class LoneReceiver:
             worker.geometry()
             worker.start_placing()
 
+    def one_channel(self) -> None:
+        pass
+
     def open_return_path(self) -> None:
         if self._return_path is None:
             self._return_path = ReturnPath(self.memory.control, self._ours.fileno())
