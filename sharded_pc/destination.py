@@ -99,7 +99,7 @@ class QemuDestination:
         self._plan = qemu_args.plan(self._arguments, ram.blocks, paths)
         shared = [paths[backend.block.name] for backend in self._plan.backends]
         monitor = self._folder / "monitor"
-        added = environment(self._attach_path, shared, timeout=START_SECONDS)
+        added = environment(self._attach_path, shared, timeout=START_SECONDS, bound=True)
         arguments = [*self._plan.arguments, "-qmp", f"unix:{monitor},server=on,wait=off"]
         try:
             self._process = await asyncio.create_subprocess_exec(

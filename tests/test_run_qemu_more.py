@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("qemu.qmp", reason="needs the client: pip install qemu.qmp")
 
-from tests.qemu import TIMEOUT_S
+from tests.qemu import TIMEOUT_S, wait_until
 from tests.qemu.backports import TRIPLET, distribution_qemu
 from tests.qemu.vm import QemuVm
 from tests.receiver import Outcome
@@ -143,6 +143,15 @@ class TestBeforeTheSwitch:
             vms.precopy()
             os.kill(vms.guest.pid, signal.SIGKILL)
             check_error(vms.runner.finish(), 1, "killed by signal 9 before")
+            check_source_runs(vms.source)
+
+    def test_receiver_killed(self, tmp_path, unique_name, binary):
+        """Nobody could go on with this QEMU: it ends as well, the source's guest goes on."""
+        with pair(tmp_path, unique_name, binary) as vms:
+            vms.precopy()
+            qemu = Path(f"/proc/{vms.guest.pid}/stat")
+            os.kill(vms.runner.pid, signal.SIGKILL)
+            wait_until(lambda: not qemu.exists() or ") Z " in qemu.read_text(), "QEMU's end")
             check_source_runs(vms.source)
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -28,11 +28,12 @@ def _check_loadable(path: Path) -> Path:
 
 
 def environment(
-    attach: str, segments: Sequence[str], *, timeout: float | None = None
+    attach: str, segments: Sequence[str], *, timeout: float | None = None, bound: bool = False
 ) -> dict[str, str]:
     """What a guest's environment needs besides ours: `attach` is the path of the receiver's socket,
     `segments` the RAM files (paths, or names in shared memory) that it will map, all of them;
-    `timeout` is in seconds for the hand-over.  HostError if the library is missing."""
+    `timeout` is in seconds for the hand-over.  A `bound` guest ends with its receiver as long as it
+    may not touch its memory yet.  HostError if the library is missing."""
     others = os.environ.get("LD_PRELOAD")
     variables = {
         "LD_PRELOAD": f"{library_path()}:{others}" if others else str(library_path()),
@@ -41,4 +42,6 @@ def environment(
     }
     if timeout is not None:
         variables["SHARDED_PC_ATTACH_TIMEOUT"] = f"{timeout:g}"
+    if bound:
+        variables["SHARDED_PC_BOUND"] = "1"
     return variables

@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #define STEP_NS 10000000000ull /* for one hand-over again */
 
@@ -26,6 +27,8 @@ static int hear(sp_guest *guest, sp_message *message, sp_trouble *trouble)
         sp_text_print(text, sizeof text, message->desc);
         if (message->kind == SP_SAYS_COMPLETED)
             return 1;
+        if (message->kind == SP_SAYS_READY)
+            guest->ready = 1;
         if (message->kind == SP_SAYS_FAILED)
             sp_fail(trouble, "the migration failed: %s", text);
         else if (message->kind == SP_SAYS_ERROR)
@@ -64,6 +67,10 @@ static void *follow(void *arg)
     while (message && !atomic_load(&guest->completed)) {
         if (hear(guest, message, &trouble)) {
             sp_guest_complete(guest);
+        } else if (guest->bound && !guest->ready) {
+            /* The guest has not run here, so nothing is lost: the source goes on with it. */
+            sp_say("%s before the guest could go on here", trouble.text);
+            _exit(3);
         } else {
             sp_channel_close(&guest->channel);
             attach_again(guest, &trouble);

@@ -25,6 +25,8 @@ typedef struct sp_guest {
     unsigned n_segments;
     uint64_t stripe_bytes, shards; /* as registered; 0 shards: nothing is */
     int uffds[SP_MAX_RIGHTS];      /* our own copies, one for each shard */
+    int bound;                     /* ends with its receiver until memory may be touched */
+    int ready;                     /* memory may be touched; the following thread's */
     atomic_int completed;          /* everything is here; written by whoever hears it, once */
     sp_channel channel;
 } sp_guest;

@@ -4,6 +4,7 @@
  *   SHARDED_PC_SEGMENTS        the RAM files that this process will map, separated by ':' or ',':
  *                              paths, or names in /dev/shm
  *   SHARDED_PC_ATTACH_TIMEOUT  seconds for the hand-over, 30 unless given
+ *   SHARDED_PC_BOUND           set: ends with its receiver until memory may be touched
  *
  * QEMU maps each memory-backend-file once, whole, with MAP_SHARED | MAP_FIXED over a reservation.
  * The call that maps the last of the files hands all of them over before it returns, so that no
@@ -133,6 +134,7 @@ __attribute__((constructor)) static void start(void)
     if (!path || !list)
         die(path ? "SHARDED_PC_SEGMENTS" : "SHARDED_PC_ATTACH", "is not set");
     timeout_ns = seconds_ns(getenv("SHARDED_PC_ATTACH_TIMEOUT"));
+    guest.bound = getenv("SHARDED_PC_BOUND") != NULL;
     guest.socket_path = strdup(path);
     add_segments(list);
     if (getenv("LD_PRELOAD"))
@@ -140,6 +142,7 @@ __attribute__((constructor)) static void start(void)
     unsetenv("SHARDED_PC_ATTACH");
     unsetenv("SHARDED_PC_SEGMENTS");
     unsetenv("SHARDED_PC_ATTACH_TIMEOUT");
+    unsetenv("SHARDED_PC_BOUND");
     owner = getpid();
     atomic_store(&watching, 1);
 }
