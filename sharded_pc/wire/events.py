@@ -9,11 +9,9 @@ from sharded_pc.geometry import RamBlock
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Configuration:
-    """The source's machine type and what it insists on."""
+    """The source's machine type."""
 
     machine: str
-    capabilities: tuple[str, ...] = ()
-    uuid: bytes | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
