@@ -12,7 +12,6 @@ from sharded_pc.state import MigrationStatus, PostcopyState
 MAX_SHARDS: int = lib.SP_MAX_SHARDS
 MAX_GUESTS: int = lib.SP_MAX_GUESTS
 POOL_BYTES_PER_SHARD: int = lib.SP_POOL_SLOTS * lib.SP_PAGE_BYTES
-LATENCY_BUCKETS: int = lib.SP_LATENCY_BUCKETS
 
 
 def control_bytes(shards: int) -> int:

@@ -21,8 +21,6 @@ class DiscardSender:
         self._block = block
         self._ranges: list[tuple[int, int]] = []
         self._open = True
-        self.sent_ranges = 0
-        self.sent_messages = 0
 
     def range(self, first_page: int, pages: int) -> None:
         """Queues `pages` pages from `first_page` on, counted within the block."""
@@ -43,6 +41,4 @@ class DiscardSender:
 
     def _flush(self) -> None:
         self._send(writer.discard(self._block, self._ranges))
-        self.sent_ranges += len(self._ranges)
-        self.sent_messages += 1
         self._ranges.clear()
