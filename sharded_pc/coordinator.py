@@ -113,9 +113,6 @@ class _Bridge:
     def listen(self) -> None:
         self._call(self._coordinator.listen())
 
-    def running(self) -> None:
-        pass
-
     def configured(self, machine: str) -> None:
         self._coordinator.machine = machine
 

@@ -49,8 +49,6 @@ class Receiver(Protocol):
     def listen(self) -> None:
         """All discards are done: arm faults, send requests."""
 
-    def running(self) -> None: ...
-
     def configured(self, machine: str) -> None:
         """The source's machine type."""
 
@@ -78,7 +76,6 @@ class Incoming:
         self._ram: Ram | None = None
         self._has_return_path = False
         self.devices = b""
-        self.description: bytes | None = None
         self._loading: Future | None = None
         self._deferred: list | None = None
         self._loaded = threading.Event()
@@ -99,7 +96,7 @@ class Incoming:
             events.PostcopyRun: (Message.POSTCOPY_RUN, self._run),
             events.Devices: (Message.DEVICES, self._load_precopied),
             events.Eof: (Message.EOF, self._eof),
-            events.VmDescription: (Message.VMDESCRIPTION, self._describe),
+            events.VmDescription: (Message.VMDESCRIPTION, _nothing),
         }
 
     @property
@@ -341,7 +338,6 @@ class Incoming:
 
     def _run(self, event: events.PostcopyRun) -> None:
         self._control.note_running()
-        self._receiver.running()
 
     def _eof(self, event: events.Eof) -> None:
         if self._ram is None:
@@ -355,9 +351,6 @@ class Incoming:
         if missing:
             raise RemoteProtocolError(f"the source ended with {missing} pages never sent")
         self._receiver.placed()
-
-    def _describe(self, event: events.VmDescription) -> None:
-        self.description = event.json
 
     def _complete(self) -> None:
         """The parser is content: the migration has arrived."""
