@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,13 +31,16 @@ from sharded_pc.errors import (
     ShardError,
     UsageError,
 )
-from sharded_pc.geometry import PAGE_BYTES, Geometry, RamBlock
+from sharded_pc.geometry import PAGE_BYTES, Geometry, Placement, RamBlock
 from sharded_pc.incoming import Incoming
 from sharded_pc.memory import GuestMemory
+from sharded_pc.native.alias import Alias
+from sharded_pc.native.guests import Guests
 from sharded_pc.native.ram import Stop
 from sharded_pc.native.return_path import ReturnPath
 from sharded_pc.observe.qmp import QmpServer
 from sharded_pc.observe.status import migration_info
+from sharded_pc.populate import Populator
 from sharded_pc.shards import Shards
 from sharded_pc.state import MigrationStatus
 from sharded_pc.transport.incoming import Listener, Wire, listen
@@ -70,6 +73,8 @@ class Settings:
     incoming: Address
     name: str
     workers: int = 2
+    placement: Placement | None = None
+    """None: what this host does best"""
     attach: str | None = None
     control: str | None = None
     record: str | None = None
@@ -92,11 +97,15 @@ class _Bridge:
         self._coordinator = coordinator
         self._loop = loop
 
-    def _call(self, coroutine: Coroutine) -> None:
-        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+    def _call(self, coroutine: Coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    def define(self, blocks: tuple[RamBlock, ...]) -> None:
-        self._call(self._coordinator.define(blocks))
+    @property
+    def guests(self) -> Guests:
+        return self._coordinator.guests
+
+    def define(self, blocks: tuple[RamBlock, ...]) -> Sequence[Alias]:
+        return self._call(self._coordinator.define(blocks))
 
     def one_channel(self) -> None:
         self._loop.call_soon_threadsafe(self._coordinator.stop_listening)
@@ -148,6 +157,8 @@ class Coordinator:
         self._wire: Wire | None = None
         self.memory: GuestMemory
         self._shards: Shards
+        self.guests: Guests
+        self._populator: Populator
         self._attach: AttachServer | None = None
         self._qmp: QmpServer | None = None
         self._listener: Listener
@@ -175,6 +186,10 @@ class Coordinator:
         callback(self._stop.close)
         self.memory = GuestMemory.create(settings.name, settings.workers)
         callback(self._leave_memory)
+        self.guests = Guests(self.memory.control)
+        callback(self.guests.close)
+        self._populator = Populator(self.memory)
+        callback(self._populator.close)
         self.memory.control.status = MigrationStatus.SETUP
         self._record_fd = self._open_recording()
         if settings.qemu:
@@ -382,10 +397,16 @@ class Coordinator:
 
     # What the stream asks for
 
-    async def define(self, blocks: tuple[RamBlock, ...]) -> None:
+    async def define(self, blocks: tuple[RamBlock, ...]) -> Sequence[Alias]:
         geometry = Geometry.of(blocks, self.settings.workers, self.settings.stripe_bytes)
         host.require_memory(geometry.total)
-        self.memory.define(geometry)
+        placement, reason = host.choose_placement(self.settings.placement, geometry.total)
+        log.info("placement %s: %s", placement, reason)
+        self.memory.define(geometry, placement, reason)
+        for index, block in enumerate(self.memory.blocks):
+            self.guests.use_block(index, block.fd)
+        if placement is Placement.CONTINUE:
+            self._populator.start()
         await self._shards.tell("geometry")
         if self._attach is not None:
             self._attach.geometry_known()
@@ -394,6 +415,7 @@ class Coordinator:
             # while the source's guest still can, even if the source is told to switch at once.
             await self._or_cancelled(self.destination.start(self.machine))
             self._watching = asyncio.create_task(self._watch(self.destination))
+        return self._populator.aliases
 
     async def _watch(self, destination: QemuDestination) -> None:
         """A destination that ends before everything has arrived ends the migration."""
@@ -468,6 +490,7 @@ class Coordinator:
         self, slot: int, addresses: list[int], mode: int, uffds: list[int]
     ) -> None:
         processes = self._shards.processes
+        self.guests.add(slot, uffds, addresses)
         await asyncio.gather(
             *(
                 process.tell("guest", slot, addresses, mode, fd=fd)
@@ -476,4 +499,7 @@ class Coordinator:
         )
 
     async def _drop_guest(self, slot: int, release: bool) -> None:
-        await self._shards.tell("drop", slot, release)
+        try:
+            await self._shards.tell("drop", slot, release)
+        finally:
+            self.guests.drop(slot)

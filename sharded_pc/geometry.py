@@ -8,6 +8,7 @@ computes the same (control.h, sp_shard_of); tests hold the two together.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Iterator, Sequence
 
 PAGE_BYTES = 4096
@@ -19,6 +20,15 @@ shard can queue; 2 MiB keeps a huge page in one shard.  docs/design-notes.md has
 
 MAX_STRIPES = 8192
 """Every stripe is a VMA in each guest: far below vm.max_map_count's default of 65530."""
+
+
+class Placement(enum.StrEnum):
+    """How a page becomes visible to guests (design-notes.md compares them)."""
+
+    COPY = "copy"
+    """UFFDIO_COPY from tmp pages; guests register MISSING"""
+    CONTINUE = "continue"
+    """received straight into the RAMBlock, then UFFDIO_CONTINUE; guests register MISSING | MINOR"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from sharded_pc.errors import (
 )
 from sharded_pc.geometry import PAGE_BYTES, RamBlock
 from sharded_pc.memory import GuestMemory
+from sharded_pc.native.alias import Alias
+from sharded_pc.native.guests import Guests
 from sharded_pc.native.ram import Ram, Records, Stop, Stopped, Stream, WireClosed
 from sharded_pc.state import Message, MigrationStatus, PostcopyState, advance, listening
 from sharded_pc.wire import events, return_path
@@ -33,8 +35,12 @@ from sharded_pc.wire.steps import TELL, Parser, Some
 class Receiver(Protocol):
     """What the coordinator does for the stream; every call blocks until it is done."""
 
-    def define(self, blocks: tuple[RamBlock, ...]) -> None:
-        """The block list is known: memory is checked and made, workers map it."""
+    guests: Guests
+    """whose requested pages are served at once; there after define()"""
+
+    def define(self, blocks: tuple[RamBlock, ...]) -> Sequence[Alias]:
+        """The block list is known: memory is checked and made, workers map it.  The answer is an
+        alias of each block for payload to land in, () with `copy`."""
 
     def one_channel(self) -> None:
         """The source sends RAM: channels that belong to the set-up would be open by now."""
@@ -240,7 +246,7 @@ class Incoming:
         self._receiver.configured(event.machine)
 
     def _blocks(self, event: events.RamBlocks) -> None:
-        self._receiver.define(event.blocks)
+        aliases = self._receiver.define(event.blocks)
         memory = self._memory
         self._ram = Ram(
             self._stream,
@@ -252,6 +258,9 @@ class Incoming:
         )
         for index, segment in enumerate(memory.blocks):
             self._ram.use_block(index, segment.fd)
+        if aliases:
+            self._ram.go_straight(memory.written, aliases)
+        self._ram.serve(self._receiver.guests)
         self._control.note_setup()
         self._status(MigrationStatus.ACTIVE)
 

@@ -12,7 +12,7 @@ import os
 
 from sharded_pc import shm
 from sharded_pc.errors import HostError, UsageError
-from sharded_pc.geometry import Geometry
+from sharded_pc.geometry import Geometry, Placement
 from sharded_pc.native.control import (
     MAX_SHARDS,
     POOL_BYTES_PER_SHARD,
@@ -22,6 +22,9 @@ from sharded_pc.native.control import (
 )
 from sharded_pc.shm import Segment
 from sharded_pc.state import MigrationStatus
+
+BITMAP_COUNT = 3
+"""received, requested, written"""
 
 
 class GuestMemory:
@@ -38,6 +41,8 @@ class GuestMemory:
         self._bitmap_segment: Segment | None = None
         self.received: Bitmap
         self.requested: Bitmap
+        self.written: Bitmap
+        """pages that may hold anything but zeros, received or not; kept with `continue` only"""
 
     @classmethod
     def create(cls, name: str, shards: int) -> GuestMemory:
@@ -71,6 +76,11 @@ class GuestMemory:
         memory.load()
         return memory
 
+    @property
+    def placement(self) -> Placement | None:
+        """None until the geometry is known."""
+        return self.control.placement
+
     @staticmethod
     def geometry_of(control: Segment) -> Geometry | None:
         """The geometry of RAM that has arrived, by its control segment alone; None if it has not
@@ -84,8 +94,14 @@ class GuestMemory:
         finally:
             look.release()
 
-    def define(self, geometry: Geometry) -> None:
-        """Makes the blocks and bitmaps; HostError.  On failure nothing of it stays."""
+    def define(
+        self,
+        geometry: Geometry,
+        placement: Placement = Placement.COPY,
+        reason: str = "as asked",
+    ) -> None:
+        """Makes the blocks and bitmaps; HostError.  On failure nothing of it stays.  `reason`: why
+        this placement, at most 159 bytes."""
         assert self.geometry is None
         made: list[Segment] = []
         try:
@@ -93,8 +109,9 @@ class GuestMemory:
                 name = shm.block_segment_name(self.name, block.name)
                 made.append(Segment.create(name, block.size))
             bits = sum(-(-block.pages // 64) * 64 for block in geometry.blocks)
-            made.append(Segment.create(f"/{self.name}{shm.BITMAPS}", bits // 4, reserve=True))
-            self.control.publish(geometry)
+            size = bits // 8 * BITMAP_COUNT
+            made.append(Segment.create(f"/{self.name}{shm.BITMAPS}", size, reserve=True))
+            self.control.publish(geometry, placement, reason)
         except BaseException:
             for segment in made:
                 segment.unlink()
@@ -113,11 +130,12 @@ class GuestMemory:
         self._use(geometry, Segment.open(f"/{self.name}{shm.BITMAPS}"))
 
     def _use(self, geometry: Geometry, bitmaps: Segment) -> None:
-        half = bitmaps.size // 2
-        assert half * 8 == self.control.n_bits
+        size = bitmaps.size // BITMAP_COUNT
+        assert size * 8 == self.control.n_bits
         self._bitmap_segment = bitmaps
-        self.received = Bitmap(bitmaps.map, 0, half)
-        self.requested = Bitmap(bitmaps.map, half, half)
+        self.received, self.requested, self.written = (
+            Bitmap(bitmaps.map, number * size, size) for number in range(BITMAP_COUNT)
+        )
         self.geometry = geometry
 
     def received_pages(self) -> list[int]:
@@ -146,6 +164,7 @@ class GuestMemory:
         if self._bitmap_segment is not None:
             self.received.release()
             self.requested.release()
+            self.written.release()
             self._bitmap_segment.close()
         for segment in (*self.blocks, self.pool, self._control_segment):
             with contextlib.suppress(BufferError):

@@ -6,7 +6,7 @@ A receiver called NAME owns POSIX shared-memory objects; under /dev/shm they are
 NAME.BLOCK          one RAMBlock (unusual bytes of its name as %XX)
 NAME%control        state, geometry, rings, counters (native/control.h)
 NAME%pool           tmp pages, 1 MiB for each shard
-NAME%bitmaps        received and requested bits
+NAME%bitmaps        received, requested and written bits
 ==================  ==========================================================
 
 The owner holds a lock (flock) on the control segment while it lives, which is how `clean` tells a

@@ -21,6 +21,7 @@ from multiprocessing import reduction
 from multiprocessing.connection import Connection
 
 from sharded_pc.errors import AttachError, ShardedPcError
+from sharded_pc.geometry import Placement
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.control import POOL_BYTES_PER_SHARD
 from sharded_pc.native.shard import Shard, allow_interrupts
@@ -42,7 +43,7 @@ class ShardWorker:
         self.index = index
         self.on_broken: Callable[[str], None] = lambda text: None
         self.on_guest_broken: Callable[[int, str], None] = lambda slot, text: None
-        self._uffd = Uffd.open()
+        self._uffd: Uffd | None = None
         self._shard: Shard | None = None
         self._placing: threading.Thread | None = None
         self._guests: dict[int, tuple[int, threading.Thread | None]] = {}
@@ -61,14 +62,17 @@ class ShardWorker:
         return self._shard
 
     def geometry(self) -> None:
-        """The block list was read: maps everything and registers it."""
+        """The block list was read.  `copy` maps everything and registers it; `continue` works on
+        guests' userfaultfds alone."""
         memory = self.memory
         memory.load()
+        if memory.placement is Placement.COPY:
+            self._uffd = Uffd.open()
         self._shard = Shard(
             memory.control, self.index, memory.received, memory.requested, self.pool, self._uffd
         )
         for index, block in enumerate(memory.blocks):
-            self._shard.add_block(index, block.map, block.fd)
+            self._shard.add_block(index, block.map if self._uffd else None, block.fd)
 
     def start_placing(self) -> None:
         """Serves the coordinator's rings on a thread of its own."""
@@ -82,7 +86,10 @@ class ShardWorker:
             self.on_broken(str(error))
 
     def prepare(self) -> None:
-        """Before discards: no huge page may hide a hole (postcopy_ram_prepare_discard)."""
+        """Before discards: no huge page may hide a hole (postcopy_ram_prepare_discard).  With
+        `continue` nothing is a hole that has to fault."""
+        if self._uffd is None:
+            return
         for block in self.memory.blocks:
             # EINVAL: this kernel has no transparent huge pages, which is as good.
             with contextlib.suppress(OSError):
@@ -91,6 +98,7 @@ class ShardWorker:
     def listen(self) -> None:
         """All discards are done: faults are answered from now on."""
         self._listening = True
+        self.shard.listen()
         for slot in list(self._guests):
             self._start_faults(slot)
         self.shard.wake_all()
@@ -144,7 +152,8 @@ class ShardWorker:
         if self._shard is not None:
             self._shard.release()
             self._shard = None
-        self._uffd.close()
+        if self._uffd is not None:
+            self._uffd.close()
 
 
 def _interrupt(thread: threading.Thread) -> None:

@@ -159,7 +159,7 @@ class FakeReceiver:
         blocks = tuple(
             RamBlock(name, path.stat().st_size) for name, path in zip(names, self._ram, strict=True)
         )
-        message = protocol.geometry("fake", Geometry(blocks, 2, 2 * MIB), protocol.MODE_MISSING)
+        message = protocol.geometry("fake", Geometry(blocks, 2, 2 * MIB), "missing")
         message["geometry"] |= changes
         return message
 

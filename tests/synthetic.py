@@ -29,12 +29,15 @@ from sharded_pc import host
 from sharded_pc.address import FdAddress
 from sharded_pc.coordinator import Coordinator, Settings
 from sharded_pc.errors import ShardedPcError
-from sharded_pc.geometry import PAGE_BYTES, Geometry, RamBlock
+from sharded_pc.geometry import PAGE_BYTES, Geometry, Placement, RamBlock
 from sharded_pc.incoming import Incoming
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native import oracle
+from sharded_pc.native.alias import Alias
+from sharded_pc.native.guests import Guests
 from sharded_pc.native.ram import Stop
 from sharded_pc.native.return_path import ReturnPath
+from sharded_pc.populate import Populator
 from sharded_pc.source import SyntheticSource
 from sharded_pc.state import MigrationStatus
 from sharded_pc.testing.oracle import DIRTIED, PageOracle
@@ -226,8 +229,11 @@ class LoneReceiver:
     ``run(stream)`` returns the error that ended the stream, None if it was received whole.
     """
 
-    def __init__(self, name: str, shards: int = 2) -> None:
+    def __init__(self, name: str, shards: int = 2, placement: Placement = Placement.COPY) -> None:
         self.memory = GuestMemory.create(name, shards)
+        self.guests = Guests(self.memory.control)
+        self._placement = placement
+        self._populator = Populator(self.memory)
         self._workers: list[ShardWorker] = []
         self._return_path: ReturnPath | None = None
         self._back: threading.Thread | None = None
@@ -276,21 +282,26 @@ class LoneReceiver:
             worker.stop()
             worker.close()
             worker.memory.close()
+        self.guests.close()
+        self._populator.close()
         self.memory.unlink()
         self.memory.close()
         self._stop.close()
 
-    def define(self, blocks: tuple[RamBlock, ...]) -> None:
+    def define(self, blocks: tuple[RamBlock, ...]) -> Sequence[Alias]:
         shards = self.memory.control.view.n_shards
         geometry = Geometry.of(blocks, shards, STRIPE_BYTES)
         host.require_memory(geometry.total)
-        self.memory.define(geometry)
+        self.memory.define(geometry, self._placement)
+        if self._placement is Placement.CONTINUE:
+            self._populator.start()
         for index in range(shards):
             worker = ShardWorker(GuestMemory.open(self.memory.name), index)
             self._workers.append(worker)
             worker.on_broken = self.broken.append
             worker.geometry()
             worker.start_placing()
+        return self._populator.aliases
 
     def one_channel(self) -> None:
         pass

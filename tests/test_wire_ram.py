@@ -17,6 +17,8 @@ READERS = {
     "reference": twins.Reference,
     "C, precopy": twins.Precopy,
     "C, postcopy": twins.Postcopy,
+    "C, continue, precopy": twins.Straight,
+    "C, continue, postcopy": twins.StraightPostcopy,
 }
 CUTS = {"whole": cases.whole, "split": cases.split, "by byte": cases.by_byte}
 BIG = (cases.big(1, 1500), cases.big(2, 500), cases.big(3, 500))
@@ -80,7 +82,7 @@ def test_refused_as_early(case: Case) -> None:
     """The core says no at the same byte as the reference: no byte more is waited for."""
     (pieces,) = cases.by_byte(case)
     eaten = {}
-    for reader in (twins.Reference, twins.Precopy, twins.Postcopy):
+    for reader in READERS.values():
         with reader(case.blocks) as under_test:
             eaten[reader.__name__] = under_test.run(pieces).eaten
     assert len(set(eaten.values())) == 1, eaten

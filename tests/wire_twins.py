@@ -16,8 +16,9 @@ import threading
 from collections.abc import Iterable, Sequence
 
 from sharded_pc.errors import RemoteProtocolError
-from sharded_pc.geometry import PAGE_BYTES, Geometry, RamBlock
+from sharded_pc.geometry import PAGE_BYTES, Geometry, Placement, RamBlock
 from sharded_pc.incoming import bad_record
+from sharded_pc.native.alias import Alias
 from sharded_pc.native.control import POOL_BYTES_PER_SHARD, Bitmap, Control, control_bytes
 from sharded_pc.native.ram import NotYet, Ram, Records, Stop, Stream
 from sharded_pc.native.shard import Shard
@@ -140,6 +141,7 @@ class Core:
     """Memory, control segment and a C reader; `run` may be called again and again."""
 
     first_wins = False
+    placement = Placement.COPY
 
     def __init__(self, blocks: Sequence[RamBlock]) -> None:
         self._exit = contextlib.ExitStack()
@@ -147,13 +149,15 @@ class Core:
         self.control = Control(self._map(control_bytes(SHARDS)))
         self._exit.callback(self.control.release)
         self.control.init(SHARDS, os.getpid())
-        self.control.publish(self.geometry)
+        self.control.publish(self.geometry, self.placement)
         self.pool = self._map(SHARDS * POOL_BYTES_PER_SHARD)
-        half = self.control.n_bits // 8
-        bits = self._map(2 * half)
-        self.received, self.requested = Bitmap(bits, 0, half), Bitmap(bits, half, half)
-        self._exit.callback(self.received.release)
-        self._exit.callback(self.requested.release)
+        size = self.control.n_bits // 8
+        bits = self._map(3 * size)
+        self.received, self.requested, self.written = (
+            Bitmap(bits, number * size, size) for number in range(3)
+        )
+        for bitmap in (self.received, self.requested, self.written):
+            self._exit.callback(bitmap.release)
         self._fds = [self._memory(block) for block in blocks]
         self.stop = Stop()
         self._exit.callback(self.stop.close)
@@ -281,6 +285,63 @@ class Postcopy(Core):
     def reset(self, ram: Ram) -> None:
         for index, block in enumerate(self.geometry.blocks):
             ram.discard(index, 0, block.pages)
+        ram.drain()
+
+
+class Straight(Core):
+    """`continue` in precopy: pages are received into their blocks.  What a run leaves there stays,
+    as it does after a discard: only received pages are looked at."""
+
+    placement = Placement.CONTINUE
+
+    def __init__(self, blocks: Sequence[RamBlock]) -> None:
+        super().__init__(blocks)
+        self.aliases = []
+        for fd, block in zip(self._fds, blocks, strict=True):
+            self.aliases.append(Alias(fd, block.size))
+            self._exit.callback(self.aliases[-1].close)
+
+    def prepare(self, ram: Ram) -> None:
+        ram.go_straight(self.written, self.aliases)
+
+    def _look(self, sections: list[int]) -> Seen:
+        seen = super()._look(sections)
+        for block in self.geometry.blocks:
+            visible = bytearray(block.size)
+            for page in seen.received[block.name]:
+                at = slice(page * PAGE_BYTES, (page + 1) * PAGE_BYTES)
+                visible[at] = seen.memory[block.name][at]
+            seen.memory[block.name] = bytes(visible)
+        return seen
+
+    def reset(self, ram: Ram) -> None:
+        for index, block in enumerate(self.geometry.blocks):
+            ram.discard(index, 0, block.pages)
+
+
+class StraightPostcopy(Straight):
+    """The same from LISTENING on: a second arrival changes nothing."""
+
+    first_wins = True
+
+    def __init__(self, blocks: Sequence[RamBlock]) -> None:
+        super().__init__(blocks)
+        for index in range(SHARDS):
+            shard = Shard(self.control, index, self.received, self.requested, self.pool, None)
+            self._exit.callback(shard.release)
+            for block, fd in enumerate(self._fds):
+                shard.add_block(block, None, fd)
+            shard.listen()
+            thread = threading.Thread(target=shard.place_loop)
+            thread.start()
+            self._exit.callback(thread.join)
+            self._exit.callback(shard.stop)
+
+    def prepare(self, ram: Ram) -> None:
+        super().prepare(ram)
+        ram.enter_postcopy()
+
+    def settle(self, ram: Ram) -> None:
         ram.drain()
 
 

@@ -15,7 +15,7 @@ from sharded_pc.errors import AttachError
 from sharded_pc.geometry import Geometry
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.core import ffi
-from sharded_pc.native.uffd import Uffd
+from sharded_pc.native.uffd import FEATURES, MODE_MINOR, Uffd
 from sharded_pc.shm import Segment
 from sharded_pc.transport import fds
 
@@ -52,7 +52,8 @@ class Guest:
     def register(self, mode: int) -> list[int]:
         """Opens one userfaultfd for each shard and registers its stripes; returns descriptors."""
         addresses = self.addresses()
-        self._uffds = [Uffd.open() for _ in range(self.geometry.shards)]
+        features = FEATURES["MISSING_SHMEM"] | (FEATURES["MINOR_SHMEM"] if mode & MODE_MINOR else 0)
+        self._uffds = [Uffd.open(features) for _ in range(self.geometry.shards)]
         for extent in self.geometry.extents():
             uffd = self._uffds[extent.shard]
             uffd.register(addresses[extent.block] + extent.offset, extent.size, mode)

@@ -3,7 +3,8 @@
 ====  =======================================================  ===========================
 who   says                                                     with
 ====  =======================================================  ===========================
-C     {"attach": {"version": 1, "modes": ["missing"]}}
+C     {"attach": {"version": 1,
+      "modes": ["missing", "missing+minor"]}}
 R     {"geometry": {"version", "name", "mode", "stripe-size",  one memory descriptor for
       "shards", "blocks": [{"name", "size", "page-size",       each block, in order
       "first-stripe"}]}}
@@ -19,9 +20,11 @@ migration has completed).  Stripe s of a block, counted from its "first-stripe",
 ``s % shards``; the client registers each shard's stripes with that shard's userfaultfd in "mode"
 and keeps its own copy of each: if all copies of a userfaultfd closed, the kernel would wake waiters
 and they would read zeros.  "mode" is null when everything has arrived: then there is nothing to
-register and the client answers with no descriptors.  Instead of any answer the receiver may say
-{"error": {"desc": TEXT}} and close.  {"event": "FAILED", "desc": TEXT} after READY means that
-missing pages will not come from this receiver: accesses to them wait.
+register and the client answers with no descriptors.  "mode" is "missing+minor" where pages are
+received straight into the memory ("continue" placement): what stands there may be touched only
+through a mapping that is registered so, and the client must not touch its mapping before.  Instead
+of any answer the receiver may say {"error": {"desc": TEXT}} and close.  {"event": "FAILED", "desc":
+TEXT} after READY means that missing pages will not come from this receiver: accesses to them wait.
 """
 
 from __future__ import annotations
@@ -30,12 +33,13 @@ import dataclasses
 import itertools
 
 from sharded_pc.errors import AttachError
-from sharded_pc.geometry import Geometry, RamBlock
+from sharded_pc.geometry import Geometry, Placement, RamBlock
 
 VERSION = 1
-MODE_MISSING = "missing"
-MODES = {MODE_MISSING: 1}
+MODES = {"missing": 1, "missing+minor": 1 | 4}
 """Mode words and their UFFDIO_REGISTER_MODE_* bits."""
+MODE_OF = {Placement.COPY: "missing", Placement.CONTINUE: "missing+minor"}
+"""What each placement needs of its guests."""
 
 READY, COMPLETED, FAILED = "READY", "COMPLETED", "FAILED"
 
@@ -88,15 +92,26 @@ def _body(message: object, key: str) -> dict:
     return body
 
 
-def check_attach(message: object) -> str:
-    """The mode to use with this client; AttachError."""
+def check_attach(message: object) -> list:
+    """The modes that the client can register; AttachError."""
     body = _body(message, "attach")
     if body.get("version") != VERSION:
         raise AttachError(f"attach version {body.get('version')!r}, expected {VERSION}")
     modes = body.get("modes")
-    if not isinstance(modes, list) or MODE_MISSING not in modes:
-        raise AttachError(f"attach modes {modes!r}, expected a list with {MODE_MISSING!r}")
-    return MODE_MISSING
+    if not isinstance(modes, list) or not any(mode in modes for mode in MODES):
+        raise AttachError(f"attach modes {modes!r}, expected a list with {next(iter(MODES))!r}")
+    return modes
+
+
+def choose_mode(placement: Placement, offered: list) -> str:
+    """The mode for a client that offered these; AttachError."""
+    mode = MODE_OF[placement]
+    if mode not in offered:
+        raise AttachError(
+            f"attach modes {offered!r}, but placement {placement.value!r} needs {mode!r}: use a "
+            f"client that knows it, or a receiver with --placement copy"
+        )
+    return mode
 
 
 def check_mappings(message: object, ram: Geometry) -> list[int]:

@@ -136,7 +136,7 @@ class AttachServer:
             client.close()
 
     async def _talk(self, client: socket.socket, inbox: fds.Inbox) -> None:
-        mode = protocol.check_attach(await self._message(client, inbox))
+        modes = protocol.check_attach(await self._message(client, inbox))
         gone = asyncio.create_task(_end_of(client))
         try:
             if not await _first(self._geometry.wait(), gone):
@@ -147,6 +147,7 @@ class AttachServer:
         if ram is None:
             raise AttachError(self._last_word.get("desc") or "there is no RAM")
         over = self._over.is_set()
+        mode = protocol.choose_mode(self._memory.placement, modes)
         offer = protocol.geometry(self._memory.name, ram, None if over else mode)
         fds.send(client, offer, [block.fd for block in self._memory.blocks])
         addresses = protocol.check_mappings(await self._message(client, inbox), ram)

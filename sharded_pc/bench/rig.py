@@ -20,6 +20,7 @@ from sharded_pc.geometry import PAGE_BYTES, Geometry, RamBlock
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native import floor
 from sharded_pc.native.floor import Kind
+from sharded_pc.native.guests import Guests
 from sharded_pc.native.ram import Ram, Stop, Stopped, Stream
 from sharded_pc.shards import Shards
 
@@ -56,6 +57,9 @@ class Rig:
         self.memory = GuestMemory.create(self._name, self._workers)
         self._exit.callback(self._leave_memory)
         self.memory.define(Geometry.of((RamBlock(BLOCK, self._size),), self._workers))
+        self._guests = Guests(self.memory.control)
+        self._guests.use_block(0, self.memory.blocks[0].fd)
+        self._exit.callback(self._guests.close)
         self.memory.pool.map[:] = bytes([FILLING]) * self.memory.pool.size
         self._shards = Shards(self.memory, self._workers)
         self._exit.push_async_callback(self._shards.stop)
@@ -142,7 +146,8 @@ class Rig:
 
     def _serve(self) -> None:
         """Stands in for return path, wire and source."""
-        floor.feed_requests(self.memory.control, self._stop)
+        memory = self.memory
+        floor.feed_requests(self._guests, memory.received, memory.pool.map, self._stop)
 
     async def _end_of_service(self, service: asyncio.Task) -> None:
         self._stop.set()
@@ -152,8 +157,10 @@ class Rig:
     async def _add_guest(
         self, slot: int, addresses: list[int], mode: int, uffds: list[int]
     ) -> None:
+        self._guests.add(slot, uffds, addresses)
         for process, fd in zip(self._shards.processes, uffds, strict=True):
             await process.tell("guest", slot, addresses, mode, fd=fd)
 
     async def _drop_guest(self, slot: int, release: bool) -> None:
         await self._shards.tell("drop", slot, release)
+        self._guests.drop(slot)

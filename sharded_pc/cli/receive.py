@@ -33,7 +33,7 @@ def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
         "--placement",
         choices=["auto", "copy", "continue"],
         default="auto",
-        help="how pages become visible; only copy (UFFDIO_COPY) is there so far",
+        help="how pages become visible: UFFDIO_COPY, UFFDIO_CONTINUE, or what this host does best",
     )
     parser.add_argument("--attach", metavar="PATH", help="socket where guests attach")
     parser.add_argument("--control", metavar="PATH", help="socket that speaks QMP")
@@ -53,9 +53,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """Coordinator settings from the command line; UsageError."""
     from sharded_pc import address
     from sharded_pc.coordinator import Settings, runtime_path
+    from sharded_pc.geometry import Placement
 
-    if args.placement == "continue":
-        raise UsageError("--placement continue is not there yet: use copy or auto")
     if args.status_fd is not None:
         try:
             os.fstat(args.status_fd)
@@ -66,6 +65,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         incoming=address.parse(args.incoming),
         name=name,
         workers=args.workers,
+        placement=None if args.placement == "auto" else Placement(args.placement),
         attach=args.attach or runtime_path(name, "attach"),
         control=args.control,
         record=args.record,

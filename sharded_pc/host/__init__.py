@@ -14,9 +14,18 @@ from sharded_pc.host import memory, system, userfaultfd
 from sharded_pc.host.finding import Finding
 from sharded_pc.host.limits import Limits
 from sharded_pc.host.memory import require_memory
+from sharded_pc.host.placement import choose_placement
 from sharded_pc.host.userfaultfd import Probe
 
-__all__ = ["Finding", "Limits", "Probe", "findings", "require_host", "require_memory"]
+__all__ = [
+    "Finding",
+    "Limits",
+    "Probe",
+    "choose_placement",
+    "findings",
+    "require_host",
+    "require_memory",
+]
 
 
 def findings(limits: Limits | None = None, probe: Probe | None = None) -> list[Finding]:

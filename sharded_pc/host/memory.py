@@ -28,12 +28,19 @@ def require_memory(needed: int, limits: Limits | None = None) -> None:
     limits = limits or Limits.read()
     if limits.shm is None:
         raise HostError(str(shm_mount(limits)))
-    for where, free, remedy in (*_shm_room(limits.shm, needed), *_memory_room(limits, needed)):
+    for where, free, remedy in room(limits, needed):
         if needed > free:
             raise HostError(
                 f"{needed} bytes ({human(needed)}) of shared memory needed,"
                 f" {free} bytes ({human(free)}) available in {where}; {remedy}"
             )
+
+
+def room(limits: Limits, needed: int) -> Iterator[tuple[str, int, str]]:
+    """(where, bytes free, remedy to have `needed` bytes free) of each bound on shared memory."""
+    if limits.shm is not None:
+        yield from _shm_room(limits.shm, needed)
+    yield from _memory_room(limits, needed)
 
 
 def shm_mount(limits: Limits) -> Finding:
@@ -73,14 +80,14 @@ def available_memory(limits: Limits) -> Finding:
 
 
 def _shm_room(shm: Shm, needed: int) -> Iterator[tuple[str, int, str]]:
-    """(where, bytes free, remedy to have `needed` bytes free)."""
+    """As room(), of /dev/shm."""
     if shm.size is not None and shm.free is not None:
         mib = -(-(shm.size - shm.free + needed) >> 20)
         yield "/dev/shm", shm.free, f"mount -o remount,size={mib}M /dev/shm"
 
 
 def _memory_room(limits: Limits, needed: int) -> Iterator[tuple[str, int, str]]:
-    """As _shm_room, of the machine and of the tightest cgroup."""
+    """As room(), of the machine and of the tightest cgroup."""
     if limits.mem_available is not None:
         remedy = "stop other programs or use a host with more memory"
         yield "the machine", limits.mem_available, remedy

@@ -49,6 +49,12 @@ int sp_control_add_block(sp_control *c, uint32_t index, const char *name, uint64
     return (int)index;
 }
 
+void sp_control_set_placement(sp_control *c, uint32_t placement, const char *reason)
+{
+    c->placement = placement;
+    strncpy(c->placement_reason, reason, sizeof c->placement_reason - 1);
+}
+
 int sp_control_publish(sp_control *c, uint32_t n_blocks, uint64_t stripe_pages)
 {
     if (stripe_pages == 0 || stripe_pages % 64 || n_blocks > SP_MAX_BLOCKS)
@@ -97,4 +103,32 @@ uint64_t sp_now_ns(void)
     struct timespec ts;
     clock_gettime(CLOCK_MONOTONIC, &ts);
     return (uint64_t)ts.tv_sec * 1000000000ULL + (uint64_t)ts.tv_nsec;
+}
+
+void sp_latency_add(sp_shard *s, uint64_t ns)
+{
+    uint64_t us = ns / 1000;
+    unsigned bucket = us < 2 ? 0 : 63u - (unsigned)__builtin_clzll(us);
+    if (bucket >= SP_LATENCY_BUCKETS)
+        bucket = SP_LATENCY_BUCKETS - 1;
+    sp_count(&s->counters.latency[bucket], 1);
+    sp_count(&s->counters.latency_ns, ns);
+}
+
+void sp_waiter_note(sp_shard *s, uint64_t bit, uint64_t ns)
+{
+    sp_waiter *e = &s->waiters[(bit * 0x9E3779B97F4A7C15ULL) >> 54];
+    uint64_t expected = 0;
+    if (atomic_load(&e->bit) != 0)
+        return;
+    atomic_store(&e->ns, ns);
+    atomic_compare_exchange_strong(&e->bit, &expected, bit + 1);
+}
+
+void sp_waiter_end(sp_shard *s, uint64_t bit, uint64_t now_ns)
+{
+    sp_waiter *e = &s->waiters[(bit * 0x9E3779B97F4A7C15ULL) >> 54];
+    uint64_t ns = atomic_load(&e->ns), mine = bit + 1;
+    if (atomic_compare_exchange_strong(&e->bit, &mine, 0) && now_ns > ns)
+        sp_latency_add(s, now_ns - ns);
 }

@@ -15,13 +15,17 @@
 #include "bitmap.h"
 #include "ring.h"
 
-#define SP_CONTROL_MAGIC 0x6374726c73706331ULL /* "ctrlspc1" */
+#define SP_CONTROL_MAGIC 0x6374726c73706332ULL /* "ctrlspc2" */
 #define SP_PAGE_BYTES 4096u
 #define SP_POOL_SLOTS 256u /* tmp pages of a shard: 1 MiB, the most a requested page waits behind */
 #define SP_MAX_BLOCKS 250u /* an attaching guest gets one descriptor per block in one message */
 #define SP_MAX_SHARDS 64u
 #define SP_MAX_GUESTS 8u
 #define SP_LATENCY_BUCKETS 24u /* bucket n: [2^n, 2^(n+1)) microseconds, as QEMU 10.1 */
+
+/* How pages become visible to guests: UFFDIO_COPY from tmp pages, or UFFDIO_CONTINUE of pages that
+ * were received straight into their RAMBlock.  Zero is no placement. */
+enum { SP_PLACE_COPY = 1, SP_PLACE_CONTINUE = 2 };
 
 typedef struct sp_block {
     char name[256];        /* NUL-terminated idstr */
@@ -30,12 +34,23 @@ typedef struct sp_block {
     uint64_t first_stripe; /* running stripe number of the block's first stripe */
 } sp_block;
 
-/* Writer: the worker (placement loop unless it says fault).  Relaxed: onlookers want numbers. */
+/* When a guest's fault on a page was read.  One entry per hash: a collision loses a sample of the
+ * latency statistics, never a fault.  Writer: fault loop (ns, then bit); whoever makes the page
+ * visible clears bit. */
+#define SP_WAITERS 1024u
+typedef struct sp_waiter {
+    _Atomic uint64_t bit; /* bitmap index + 1, 0: free */
+    _Atomic uint64_t ns;
+} sp_waiter;
+
+/* Writer: the worker (placement loop unless it says fault; the coordinator for requested pages that
+ * it makes visible itself).  Relaxed: onlookers want numbers. */
 typedef struct sp_counters {
     _Atomic uint64_t pages;         /* placed with data */
     _Atomic uint64_t zero_pages;    /* received as zeros */
     _Atomic uint64_t second_pages;  /* arrived again, nothing done */
     _Atomic uint64_t copies;        /* UFFDIO_COPY calls */
+    _Atomic uint64_t mapped;        /* UFFDIO_CONTINUE: pages made visible to guests by ranges */
     _Atomic uint64_t urgent;        /* pages placed ahead of their turn */
     _Atomic uint64_t wakes;         /* UFFDIO_WAKE calls */
     _Atomic uint64_t discarded;     /* pages named by discards */
@@ -57,6 +72,7 @@ typedef struct sp_shard {
     _Atomic uint32_t pid;                     /* writer: coordinator */
     _Atomic uint32_t restarts;                /* writer: coordinator */
     alignas(64) sp_counters counters;
+    sp_waiter waiters[SP_WAITERS];
     sp_ring background;              /* coordinator to worker: pages, zeros, discards, in order */
     sp_ring urgent;                  /* coordinator to worker: hints at pages of `background` */
     sp_ring requests[SP_MAX_GUESTS]; /* worker's fault loop of each guest to coordinator */
@@ -82,6 +98,8 @@ typedef struct sp_control {
     _Atomic uint32_t status;         /* index into state.MigrationStatus; writer: coordinator */
     _Atomic uint32_t n_guests;       /* attached now; writer: coordinator */
     _Atomic uint32_t n_blocks;       /* 0 until the geometry is known; release */
+    uint32_t placement;              /* SP_PLACE_* */
+    char placement_reason[160];      /* why that one */
     uint64_t stripe_pages;
     uint64_t n_bits;                 /* of each bitmap */
     alignas(64) sp_bell requests;    /* rung by fault loops, the return-path loop waits */
@@ -97,6 +115,8 @@ void sp_control_init(sp_control *c, uint32_t n_shards, uint32_t owner);
 int sp_control_check(const sp_control *c, size_t bytes);
 /* Appends a block before sp_control_publish; returns its index or -errno (E2BIG, EINVAL, EEXIST). */
 int sp_control_add_block(sp_control *c, uint32_t index, const char *name, uint64_t bytes);
+/* Before sp_control_publish: how pages become visible, and why that way. */
+void sp_control_set_placement(sp_control *c, uint32_t placement, const char *reason);
 /* Sets the stripe size, computes the stripes and makes the geometry visible. */
 int sp_control_publish(sp_control *c, uint32_t n_blocks, uint64_t stripe_pages);
 /* Index of the named block or -ENOENT. */
@@ -123,6 +143,11 @@ static inline uint64_t sp_stripe_rest(const sp_control *c, const sp_block *b, ui
     uint64_t rest = c->stripe_pages - page % c->stripe_pages, left = sp_block_pages(b) - page;
     return rest < left ? rest : left;
 }
+
+/* Latency samples of a shard (control.c). */
+void sp_waiter_note(sp_shard *s, uint64_t bit, uint64_t ns);
+void sp_waiter_end(sp_shard *s, uint64_t bit, uint64_t now_ns);
+void sp_latency_add(sp_shard *s, uint64_t ns);
 
 static inline void sp_count(_Atomic uint64_t *counter, uint64_t n)
 {

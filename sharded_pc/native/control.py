@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from sharded_pc.geometry import Geometry, RamBlock
+from sharded_pc.geometry import Geometry, Placement, RamBlock
 from sharded_pc.native.core import ensure, ffi, lib
 from sharded_pc.state import MigrationStatus, PostcopyState
 
 MAX_SHARDS: int = lib.SP_MAX_SHARDS
 MAX_GUESTS: int = lib.SP_MAX_GUESTS
 POOL_BYTES_PER_SHARD: int = lib.SP_POOL_SLOTS * lib.SP_PAGE_BYTES
+
+
+_PLACEMENTS = (None, Placement.COPY, Placement.CONTINUE)
+assert (lib.SP_PLACE_COPY, lib.SP_PLACE_CONTINUE) == (1, 2)
 
 
 def control_bytes(shards: int) -> int:
@@ -44,6 +48,7 @@ class ShardCounters:
     zero_pages: int
     second_pages: int
     copies: int
+    mapped: int
     urgent: int
     wakes: int
     discarded: int
@@ -82,7 +87,10 @@ class Control:
     def is_valid(self) -> bool:
         return lib.sp_control_check(self.raw, len(self._buffer)) == 0
 
-    def publish(self, geometry: Geometry) -> None:
+    def publish(
+        self, geometry: Geometry, placement: Placement = Placement.COPY, reason: str = "as asked"
+    ) -> None:
+        lib.sp_control_set_placement(self.raw, _PLACEMENTS.index(placement), reason.encode())
         for index, block in enumerate(geometry.blocks):
             name = block.name.encode("utf-8", "surrogateescape")
             rc = lib.sp_control_add_block(self.raw, index, name, block.size)
@@ -108,6 +116,15 @@ class Control:
             return None
         blocks = [RamBlock(self.block(i)[0], self.block(i)[1]) for i in range(view.n_blocks)]
         return Geometry(tuple(blocks), view.n_shards, view.stripe_pages * lib.SP_PAGE_BYTES)
+
+    @property
+    def placement(self) -> Placement | None:
+        """None until the block list was read."""
+        return _PLACEMENTS[self.view.placement]
+
+    @property
+    def placement_reason(self) -> str:
+        return ffi.string(self.view.placement_reason).decode()
 
     def block(self, index: int) -> tuple[str, int, int]:
         """(name, bytes, first bit in the bitmaps)."""

@@ -6,11 +6,12 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "map.h"
 #include "uffd.h"
 #include "uffd_abi.h"
 #include "worker.h"
 
-enum { BATCH = 64 };
+enum { BATCH = 64, AROUND = 16 };
 
 typedef struct fault {
     uint32_t block;
@@ -50,6 +51,23 @@ static bool answer(sp_worker *w, uint32_t guest, const fault *f)
     return true;
 }
 
+/* `continue`: a guest that came to a page that is here will often come to the next ones. */
+static bool answer_mapped(sp_worker *w, uint32_t guest, const fault *f)
+{
+    const sp_block *b = &w->control->blocks[f->block];
+    sp_window at = {w->guests[guest].uffd, w->fd[f->block], w->guests[guest].base[f->block]};
+    uint64_t most = sp_stripe_rest(w->control, b, f->page);
+    uint64_t run = sp_bits_run(w->received, b->first_bit + f->page, most < AROUND ? most : AROUND);
+    int err = 0;
+    return sp_map_waited(&at, f->page, run, &err);
+}
+
+static bool resolve(sp_worker *w, uint32_t guest, const fault *f)
+{
+    return w->control->placement == SP_PLACE_CONTINUE ? answer_mapped(w, guest, f)
+                                                      : answer(w, guest, f);
+}
+
 static bool stopped(sp_worker *w, uint32_t guest)
 {
     return atomic_load(&w->stop) || atomic_load(&w->guests[guest].stop);
@@ -73,18 +91,18 @@ static bool handle(sp_worker *w, uint32_t guest, const fault *f, uint64_t now)
     uint64_t bit = w->control->blocks[f->block].first_bit + f->page;
     if (sp_bit_test(w->received, bit)) {
         sp_count(&w->shard->counters.late_faults, 1);
-        bool ok = answer(w, guest, f);
-        sp_latency_add(w, sp_now_ns() - now);
+        bool ok = resolve(w, guest, f);
+        sp_latency_add(w->shard, sp_now_ns() - now);
         return ok;
     }
-    sp_waiter_note(w, bit, now);
+    sp_waiter_note(w->shard, bit, now);
     if (sp_bit_claim(w->requested, bit))
         request(w, guest, f);
     /* The page may have come before the claim was visible to the placement loop: look again. */
     if (!sp_bit_test(w->received, bit))
         return true;
-    bool ok = answer(w, guest, f);
-    sp_waiter_end(w, bit, sp_now_ns());
+    bool ok = resolve(w, guest, f);
+    sp_waiter_end(w->shard, bit, sp_now_ns());
     return ok;
 }
 

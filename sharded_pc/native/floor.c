@@ -329,30 +329,37 @@ sp_status sp_feed_block(sp_control *c, uint32_t block, uint32_t kind, uint64_t b
     return st;
 }
 
-/* As route.c: the hint first, then the page in its turn, then the bell. */
-static sp_status serve(sp_control *c, uint32_t shard, const sp_desc *request,
-                       _Atomic uint32_t *stop)
+/* As route.c: the guest gets it now (or the worker a hint), then the page has its turn. */
+static sp_status serve(const sp_service *f, uint32_t shard, const sp_desc *request)
 {
+    sp_control *c = f->guests->control;
     sp_shard *s = &c->shards[shard];
-    sp_status st = await(s, has_room, 1, stop);
+    sp_status st = await(s, has_room, 1, f->stop);
     if (st != SP_OK)
         return st;
-    sp_desc d = {request->first_page, 1, take_tmp_pages(s, 1), request->block, SP_DESC_PAGES};
-    sp_ring_push(&s->urgent, &d);
+    sp_desc d = {request->first_page, 1, 0, request->block, SP_DESC_PAGES};
+    if (c->placement == SP_PLACE_COPY)
+        d.slot = take_tmp_pages(s, 1);
+    else
+        sp_bits_set(f->received, c->blocks[d.block].first_bit + d.first_page, 1);
+    uint64_t at = (uint64_t)shard * SP_POOL_SLOTS + d.slot % SP_POOL_SLOTS;
+    if (!sp_guests_give(f->guests, f->received, d.block, d.first_page, f->pool + at * SP_PAGE_BYTES))
+        sp_ring_push(&s->urgent, &d);
     sp_ring_push(&s->background, &d);
     sp_bell_ring(&s->work);
     return SP_OK;
 }
 
-static sp_status serve_all(sp_control *c, _Atomic uint32_t *stop, bool *any)
+static sp_status serve_all(const sp_service *f, bool *any)
 {
+    sp_control *c = f->guests->control;
     for (uint32_t i = 0; i < c->n_shards; i++)
         for (uint32_t g = 0; g < SP_MAX_GUESTS; g++) {
             sp_ring *ring = &c->shards[i].requests[g];
             const sp_desc *d;
             while ((d = sp_ring_peek(ring))) {
                 *any = true;
-                sp_status st = serve(c, i, d, stop);
+                sp_status st = serve(f, i, d);
                 if (st != SP_OK)
                     return st;
                 sp_ring_pop(ring);
@@ -361,13 +368,14 @@ static sp_status serve_all(sp_control *c, _Atomic uint32_t *stop, bool *any)
     return SP_OK;
 }
 
-sp_status sp_feed_requests(sp_control *c, _Atomic uint32_t *stop)
+sp_status sp_feed_requests(const sp_service *f)
 {
-    while (!atomic_load(stop)) {
+    sp_control *c = f->guests->control;
+    while (!atomic_load(f->stop)) {
         bool any = false;
         uint32_t seen = sp_bell_prepare(&c->requests);
-        sp_status st = serve_all(c, stop, &any);
-        if (st != SP_OK || any || atomic_load(stop))
+        sp_status st = serve_all(f, &any);
+        if (st != SP_OK || any || atomic_load(f->stop))
             sp_bell_cancel(&c->requests);
         else
             sp_bell_wait(&c->requests, seen, WAIT_MS);

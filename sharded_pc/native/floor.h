@@ -11,6 +11,7 @@
 #include <stddef.h>
 
 #include "control.h"
+#include "guests.h"
 #include "status.h"
 
 /* A mapping with holes that this process registered (MISSING) with its own userfaultfd. */
@@ -43,8 +44,14 @@ int sp_touch_pages(const uint8_t *base, const uint64_t *pages, size_t n, uint32_
  * until all is done.  SP_OK, SP_STOPPED, SP_SHARD_FAILED. */
 sp_status sp_feed_block(sp_control *c, uint32_t block, uint32_t kind, uint64_t batch,
                         _Atomic uint32_t *stop, uint64_t *ns);
-/* Answers every page request at once with a tmp page as it is, until stopped: a source that is no
- * distance away. */
-sp_status sp_feed_requests(sp_control *c, _Atomic uint32_t *stop);
+/* Answers every page request at once, until stopped: a source that is no distance away.  `copy`: with
+ * a tmp page as it is; `continue`: with what stands in the block. */
+typedef struct sp_service {
+    sp_guests *guests;
+    sp_word *received;
+    const uint8_t *pool; /* all shards' tmp pages */
+    _Atomic uint32_t *stop;
+} sp_service;
+sp_status sp_feed_requests(const sp_service *f);
 
 #endif

@@ -7,8 +7,9 @@ import enum
 from array import array
 
 from sharded_pc.errors import ShardedPcError, ShardError
-from sharded_pc.native.control import POOL_BYTES_PER_SHARD, Control
+from sharded_pc.native.control import POOL_BYTES_PER_SHARD, Bitmap, Control
 from sharded_pc.native.core import ensure, ffi, lib
+from sharded_pc.native.guests import Guests
 from sharded_pc.native.ram import Stop, Stopped
 from sharded_pc.native.uffd import Uffd
 
@@ -105,12 +106,17 @@ def feed_block(control: Control, block: int, kind: Kind, batch: int, stop: Stop)
     return ns[0]
 
 
-def feed_requests(control: Control, stop: Stop) -> None:
-    """Answers every page request at once until `stop` is set.  ShardError."""
+def feed_requests(guests: Guests, received: Bitmap, pool, stop: Stop) -> None:
+    """Answers every page request at once until `stop` is set: with a tmp page of `pool` as it is,
+    or with what stands in the block (`continue`).  ShardError."""
+    view = ffi.from_buffer("uint8_t[]", pool)
+    service = ffi.new("sp_service *", (guests.raw, received.raw, view, stop.word))
     try:
-        _check(lib.sp_feed_requests(control.raw, stop.word))
+        _check(lib.sp_feed_requests(service))
     except Stopped:
         return
+    finally:
+        ffi.release(view)
 
 
 def _check(status: int) -> None:

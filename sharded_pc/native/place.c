@@ -45,7 +45,7 @@ static void publish(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages)
     uint64_t now = sp_now_ns();
     for (uint64_t i = 0; i < pages; i++)
         if (sp_bit_test(w->requested, bit + i))
-            sp_waiter_end(w, bit + i, now);
+            sp_waiter_end(w->shard, bit + i, now);
 }
 
 /* Pages from `page` on that are still missing; 0 if the first one is here, which is then counted
@@ -142,6 +142,10 @@ static const uint8_t *tmp_page(const sp_worker *w, uint64_t slot)
 
 static int obey(sp_worker *w, const sp_desc *d)
 {
+    if (w->control->placement == SP_PLACE_CONTINUE) {
+        sp_map_arrived(w, d->block, d->first_page, d->pages, d->kind);
+        return 0;
+    }
     switch (d->kind) {
     case SP_DESC_PAGES:
         return sp_place_pages(w, d->block, d->first_page, d->pages, tmp_page(w, d->slot));
@@ -150,42 +154,6 @@ static int obey(sp_worker *w, const sp_desc *d)
     default:
         return sp_discard_pages(w, d->block, d->first_page, d->pages);
     }
-}
-
-/* The only active guest, or NULL. */
-static const sp_guest *only_guest(const sp_worker *w)
-{
-    const sp_guest *only = NULL;
-    for (uint32_t i = 0; i < SP_MAX_GUESTS; i++) {
-        if (atomic_load(&w->guests[i].state) != SP_GUEST_ACTIVE)
-            continue;
-        if (only)
-            return NULL;
-        only = &w->guests[i];
-    }
-    return only;
-}
-
-/* One page that the only guest waits for: COPY through its own userfaultfd fills, maps and wakes in
- * one call, and spares it the second fault.  False: not done, place it the usual way. */
-static bool place_for_guest(sp_worker *w, const sp_desc *d, const uint8_t *src)
-{
-    const sp_guest *g = only_guest(w);
-    sp_fill_result res;
-    if (!g || !g->base[d->block] || d->kind != SP_DESC_PAGES || d->pages != 1)
-        return false;
-    uint64_t to = g->base[d->block] + d->first_page * SP_PAGE_BYTES;
-    if (sp_uffd_copy(g->uffd, to, (uint64_t)(uintptr_t)src, SP_PAGE_BYTES, 1, &res) != SP_FILL_DONE)
-        return false;
-    uint64_t bit = bit_of(w, d->block, d->first_page);
-    sp_bits_set(w->received, bit, 1);
-    /* A guest that became known meanwhile may have looked at `received` before it was set. */
-    if (only_guest(w) != g)
-        sp_wake_guests(w, -1, d->block, d->first_page, 1);
-    sp_waiter_end(w, bit, sp_now_ns());
-    sp_count(&w->shard->counters.copies, 1);
-    sp_count(&w->shard->counters.pages, 1);
-    return true;
 }
 
 /* A hint may be older than its background descriptor, whose tmp pages may be reused by now: a page
@@ -197,8 +165,7 @@ static int hurry(sp_worker *w, bool *any)
     while (rc == 0 && (d = sp_ring_peek(&w->shard->urgent))) {
         *any = true;
         if (!sp_bit_test(w->received, bit_of(w, d->block, d->first_page))) {
-            if (!place_for_guest(w, d, tmp_page(w, d->slot)))
-                rc = obey(w, d);
+            rc = obey(w, d);
             sp_count(&w->shard->counters.urgent, 1);
         }
         if (rc == 0)
@@ -208,12 +175,12 @@ static int hurry(sp_worker *w, bool *any)
 }
 
 /* Two descriptors whose pages and tmp pages are neighbours are placed by one ioctl. */
-static bool join(sp_desc *d, const sp_desc *next)
+static bool join(const sp_worker *w, sp_desc *d, const sp_desc *next)
 {
     if (!next || next->kind != d->kind || next->block != d->block || d->kind == SP_DESC_DISCARD ||
         next->first_page != d->first_page + d->pages || d->pages + next->pages > 64)
         return false;
-    if (d->kind == SP_DESC_PAGES &&
+    if (w->control->placement == SP_PLACE_COPY && d->kind == SP_DESC_PAGES &&
         (next->slot != d->slot + d->pages || next->slot % SP_POOL_SLOTS == 0))
         return false;
     d->pages += next->pages;
@@ -240,7 +207,7 @@ static bool worth_a_ring(sp_shard *s, uint64_t tail)
 static void finish(sp_worker *w, const sp_desc *d, uint64_t n_desc)
 {
     sp_shard *s = w->shard;
-    if (d->kind == SP_DESC_PAGES)
+    if (w->control->placement == SP_PLACE_COPY && d->kind == SP_DESC_PAGES)
         atomic_store_explicit(&s->slots_freed, d->slot + d->pages, memory_order_release);
     if (d->kind == SP_DESC_DISCARD)
         atomic_fetch_add(&s->discards_done, 1);
@@ -258,7 +225,7 @@ static int take_batch(sp_worker *w, bool *any)
     *any = true;
     sp_desc d = *first;
     uint64_t n = 1;
-    while (n < 64 && join(&d, peek_at(&w->shard->background, n)))
+    while (n < 64 && join(w, &d, peek_at(&w->shard->background, n)))
         n++;
     int rc = obey(w, &d);
     if (rc == 0)
@@ -297,6 +264,7 @@ sp_status sp_worker_place(sp_worker *w)
             rc = take_batch(w, &any);
         if (rc != 0)
             break;
+        any |= w->control->placement == SP_PLACE_CONTINUE && sp_map_ahead(w);
         if (!any)
             sleep_until_work(w);
     }

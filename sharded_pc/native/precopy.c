@@ -45,7 +45,10 @@ sp_status sp_precopy_flush(sp_ram *r)
     sp_status st = write_pages(r, n);
     if (st != SP_OK)
         return st;
-    sp_bits_set(r->received, r->control->blocks[r->block].first_bit + r->gather_first, n);
+    uint64_t bit = r->control->blocks[r->block].first_bit + r->gather_first;
+    sp_bits_set(r->received, bit, n);
+    if (r->written)
+        sp_bits_set(r->written, bit, n);
     sp_count(&r->control->totals.normal, n);
     return SP_OK;
 }
@@ -67,7 +70,10 @@ sp_status sp_precopy_page(sp_ram *r, const uint8_t *bytes)
 sp_status sp_precopy_zero(sp_ram *r, uint64_t page)
 {
     uint64_t bit = r->control->blocks[r->block].first_bit + page;
-    if (sp_bit_claim(r->received, bit))
+    bool first = sp_bit_claim(r->received, bit);
+    if (r->written)
+        return sp_straight_zeros(r, r->block, page, 1);
+    if (first)
         return SP_OK;
     int rc = fallocate(r->block_fd[r->block], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                        (off_t)(page * SP_PAGE_BYTES), SP_PAGE_BYTES);

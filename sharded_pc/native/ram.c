@@ -23,6 +23,11 @@ sp_ram *sp_ram_new(sp_stream *s, sp_control *c, sp_word *received, sp_word *requ
     return r;
 }
 
+void sp_ram_go_straight(sp_ram *r, sp_word *written)
+{
+    r->written = written;
+}
+
 void sp_ram_free(sp_ram *r)
 {
     free(r);
@@ -40,10 +45,11 @@ static uint64_t be64(const uint8_t *p)
     return __builtin_bswap64(v);
 }
 
-static sp_status flush(sp_ram *r)
+sp_status sp_ram_flush(sp_ram *r)
 {
     atomic_store_explicit(&r->control->totals.transferred, r->stream->total, memory_order_relaxed);
-    return r->postcopy ? sp_route_flush(r) : sp_precopy_flush(r);
+    sp_status st = r->postcopy ? SP_OK : sp_precopy_flush(r);
+    return st == SP_OK ? sp_route_flush(r) : st;
 }
 
 /* In postcopy little is read into the buffer, because what stands there is copied once more. */
@@ -52,7 +58,7 @@ static sp_status need(sp_ram *r, size_t n)
     sp_stream *s = r->stream;
     if (sp_stream_unread(s) >= n)
         return SP_OK;
-    sp_status st = flush(r);
+    sp_status st = sp_ram_flush(r);
     if (st != SP_OK)
         return st;
     st = sp_stream_need(s, n, r->postcopy ? 16384 : SP_STREAM_BUFFER, r->timeout_ms);
@@ -139,9 +145,12 @@ static sp_status page_record(sp_ram *r)
     /* Gathered pages are written into r->block. */
     if (!r->postcopy && block != r->block && (st = sp_precopy_flush(r)) != SP_OK)
         return st;
+    /* Whether this is a second arrival shows only when the run before it counts as received. */
+    if (r->postcopy && r->written && (st = sp_route_flush(r)) != SP_OK)
+        return st;
     enter_block(r, block, taken);
     r->in_page = 1;
-    r->has_slot = 0;
+    r->dst = NULL;
     r->got = 0;
     r->page = r->header / SP_PAGE_BYTES;
     return SP_OK;
@@ -195,11 +204,13 @@ static sp_status precopy_payload(sp_ram *r)
     return SP_OK;
 }
 
+/* In precopy a page whose header stood in the buffer is gathered there; one that was bet on has its
+ * place already. */
 static sp_status step(sp_ram *r)
 {
     if (r->in_page)
-        return r->postcopy ? sp_route_payload(r) : precopy_payload(r);
-    if (r->postcopy && r->have_block && sp_stream_unread(r->stream) == 0)
+        return r->postcopy || r->dst ? sp_route_payload(r) : precopy_payload(r);
+    if ((r->postcopy || r->written) && r->have_block && sp_stream_unread(r->stream) == 0)
         return sp_route_ahead(r);
     return sp_ram_header(r);
 }
@@ -214,6 +225,6 @@ sp_status sp_ram_records(sp_ram *r)
     if (st == SP_STOPPED || st == SP_SYS || st == SP_SHARD_FAILED)
         return st;
     /* Whatever ended the records: pages that came before it are good. */
-    sp_status flushed = flush(r);
+    sp_status flushed = sp_ram_flush(r);
     return flushed != SP_OK ? flushed : st;
 }

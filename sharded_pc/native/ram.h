@@ -2,13 +2,15 @@
  *
  * Reads be64 (offset | flags) records until EOS and hands pages on.  Before LISTENING a page goes
  * into its RAMBlock's segment by pwritev (precopy.c): no mapping, so a full tmpfs is ENOSPC and not
- * SIGBUS.  From LISTENING on it goes into a tmp page of its shard and a descriptor into the shard's
- * ring (route.c).
+ * SIGBUS.  From LISTENING on it goes into a tmp page of its shard (`copy`) or into its RAMBlock
+ * through an alias mapping (`continue`, straight.c, before LISTENING too), and a descriptor into the
+ * shard's ring (route.c).
  */
 #ifndef SP_RAM_H
 #define SP_RAM_H
 
 #include "control.h"
+#include "guests.h"
 #include "status.h"
 #include "stream.h"
 
@@ -28,8 +30,11 @@ typedef struct sp_ram {
     sp_stream *stream;
     sp_control *control;
     sp_word *received, *requested;
+    sp_word *written;               /* `continue`: pages that may hold anything but zeros, or NULL */
     uint8_t *pool;                  /* all shards' tmp pages, SP_POOL_SLOTS each */
-    int block_fd[SP_MAX_BLOCKS];    /* segments, for precopy */
+    uint8_t *alias[SP_MAX_BLOCKS];  /* `continue`: our mapping of each block */
+    int block_fd[SP_MAX_BLOCKS];    /* segments */
+    sp_guests *guests;              /* to serve requested pages at once, or NULL */
     _Atomic uint32_t *stop;         /* the loop's stop flag, looked at while it waits for a shard */
     int postcopy;                   /* set from LISTENING on */
     int timeout_ms;                 /* -1: wait for the wire */
@@ -38,9 +43,10 @@ typedef struct sp_ram {
     uint32_t block;                 /* last named block on this channel, across sections */
     int in_page;                    /* a PAGE header was taken, its payload is not complete */
     uint64_t page;                  /* index of that page, or of the last one */
-    size_t got;                     /* payload bytes of it that are in its tmp page */
-    uint64_t slot;                  /* its tmp page (postcopy), if has_slot */
-    int has_slot;
+    size_t got;                     /* payload bytes of it that are at dst */
+    uint8_t *dst;                   /* where its payload lands, NULL: not known yet */
+    uint64_t slot;                  /* the number of that tmp page (`copy`) */
+    int trashed;                    /* dst is `trash`: a second arrival (`continue`) */
     unsigned guess;                 /* pages the next scattered read hopes for */
 
     sp_desc run;                    /* pages or zeros not handed to the ring yet */
@@ -60,20 +66,37 @@ typedef struct sp_ram {
     char name[256];    /* of SP_UNKNOWN_BLOCK */
     uint32_t name_len; /* it may hold a NUL */
     uint64_t mem_size; /* of SP_MEM_SIZE, bytes */
+
+    uint8_t trash[SP_PAGE_BYTES];
 } sp_ram;
 
 sp_ram *sp_ram_new(sp_stream *s, sp_control *c, sp_word *received, sp_word *requested,
                    uint8_t *pool, _Atomic uint32_t *stop);
 void sp_ram_free(sp_ram *r);
+/* `continue`: pages go straight into their blocks.  Before the first record; every block needs its
+ * alias as well. */
+void sp_ram_go_straight(sp_ram *r, sp_word *written);
 /* A new section or a new channel: the next record must name its block (QEMU resets at setup). */
 void sp_ram_forget_block(sp_ram *r);
 /* Reads records until EOS, MEM_SIZE or trouble. */
 sp_status sp_ram_records(sp_ram *r);
 
+/* Hands on what is gathered: nothing may lie here while the wire is quiet. */
+sp_status sp_ram_flush(sp_ram *r);
+
 /* precopy.c */
 sp_status sp_precopy_page(sp_ram *r, const uint8_t *bytes);
 sp_status sp_precopy_zero(sp_ram *r, uint64_t page);
 sp_status sp_precopy_flush(sp_ram *r);
+
+/* straight.c */
+uint8_t *sp_straight_page(sp_ram *r); /* where the current page's payload lands */
+/* How many of at most `most` pages from `first` on a read may bet on; they count as written. */
+uint64_t sp_straight_bet(sp_ram *r, uint64_t first, uint64_t most);
+/* Buffered payload of the current page; `got` grows. */
+sp_status sp_straight_store(sp_ram *r, const uint8_t *bytes, size_t n);
+/* Makes pages that are not received read as zeros. */
+sp_status sp_straight_zeros(sp_ram *r, uint32_t block, uint64_t page, uint64_t pages);
 
 /* route.c */
 sp_status sp_route_payload(sp_ram *r);             /* goes on with the current page's payload */

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import enum
 import os
+from collections.abc import Sequence
 
 from sharded_pc.errors import ShardedPcError, ShardError
+from sharded_pc.native.alias import Alias
 from sharded_pc.native.control import Bitmap, Control
 from sharded_pc.native.core import ensure_object, ffi, lib, system_error
+from sharded_pc.native.guests import Guests
 
 
 class Stopped(ShardedPcError):
@@ -143,6 +146,18 @@ class Ram:
     def use_block(self, index: int, fd: int) -> None:
         """The segment that holds a block."""
         self.raw.block_fd[index] = fd
+
+    def go_straight(self, written: Bitmap, aliases: Sequence[Alias]) -> None:
+        """`continue`: pages are received into their blocks; before the first record."""
+        self._keep = (*self._keep, written, *aliases)
+        for index, alias in enumerate(aliases):
+            self.raw.alias[index] = alias.raw
+        lib.sp_ram_go_straight(self.raw, written.raw)
+
+    def serve(self, guests: Guests) -> None:
+        """Requested pages are made visible at once, not when the worker's turn comes."""
+        self._keep = (*self._keep, guests)
+        self.raw.guests = guests.raw
 
     def enter_postcopy(self) -> None:
         """From now on placement is atomic."""

@@ -1,10 +1,11 @@
-/* Pages from LISTENING on: into tmp pages of their shard, descriptors into its rings.
+/* Pages that go where they rest: from LISTENING on into tmp pages of their shard (`copy`) or into
+ * their RAMBlock (`continue`, before LISTENING too), descriptors into the shard's rings.
  *
  * The hot path is sp_route_ahead: one readv() takes "header, page, header, page ..." apart while
  * the kernel copies, each payload into the next tmp page, betting that the source goes on where it
  * was (CONTINUE, next page).  A lost bet costs one copy: the bytes that landed in the wrong place
- * move to the stream's buffer and are parsed from there.  Tmp pages that were bet on are not
- * committed until their header was seen to be the expected one, so a lost bet is never visible.
+ * move to the stream's buffer and are parsed from there.  Pages that were bet on are not committed
+ * until their header was seen to be the expected one, so a lost bet is never visible (straight.c).
  */
 #include <errno.h>
 #include <string.h>
@@ -18,7 +19,7 @@ static sp_shard *shard(sp_ram *r, uint32_t index)
     return &r->control->shards[index];
 }
 
-static uint8_t *tmp_page(sp_ram *r, uint32_t shard_index, uint64_t slot)
+static uint8_t *tmp_page(const sp_ram *r, uint32_t shard_index, uint64_t slot)
 {
     uint64_t at = (uint64_t)shard_index * SP_POOL_SLOTS + slot % SP_POOL_SLOTS;
     return r->pool + at * SP_PAGE_BYTES;
@@ -82,9 +83,17 @@ static sp_status push(sp_ram *r, uint32_t index, const sp_desc *desc)
     return SP_OK;
 }
 
-/* Tells the worker which pages of this run a guest is waiting for.  A full ring loses nothing:
- * the page stands in the background ring as well. */
-static void hint(sp_ram *r, uint32_t index, const sp_desc *run)
+/* A guest waits for this page: it gets it now, or the worker is told to hurry.  A full ring loses
+ * nothing: the page stands in the background ring as well. */
+static void give(sp_ram *r, uint32_t index, const sp_desc *one)
+{
+    const uint8_t *src = one->kind == SP_DESC_PAGES ? tmp_page(r, index, one->slot) : NULL;
+    if (r->guests && sp_guests_give(r->guests, r->received, one->block, one->first_page, src))
+        return;
+    sp_ring_push(&shard(r, index)->urgent, one);
+}
+
+static void give_requested(sp_ram *r, uint32_t index, const sp_desc *run)
 {
     uint64_t bit = r->control->blocks[run->block].first_bit + run->first_page;
     if (!sp_bits_any(r->requested, bit, run->pages))
@@ -93,22 +102,45 @@ static void hint(sp_ram *r, uint32_t index, const sp_desc *run)
         if (!sp_bit_test(r->requested, bit + i))
             continue;
         sp_desc one = {run->first_page + i, 1, run->slot + i, run->block, run->kind};
-        sp_ring_push(&shard(r, index)->urgent, &one);
+        give(r, index, &one);
     }
+}
+
+/* `continue`: the bytes are where they belong.  Zero pages that arrive again change nothing. */
+static sp_status arrive(sp_ram *r, const sp_desc *run)
+{
+    uint64_t bit = r->control->blocks[run->block].first_bit + run->first_page;
+    for (uint64_t i = 0, n; i < run->pages; i += n) {
+        n = sp_bits_run(r->received, bit + i, run->pages - i);
+        if (sp_bit_test(r->received, bit + i)) {
+            sp_count(&shard(r, r->run_shard)->counters.second_pages, n);
+            continue;
+        }
+        sp_status st = run->kind == SP_DESC_ZERO
+                           ? sp_straight_zeros(r, run->block, run->first_page + i, n) : SP_OK;
+        if (st != SP_OK)
+            return st;
+        sp_bits_set(r->received, bit + i, n);
+    }
+    return SP_OK;
 }
 
 sp_status sp_route_flush(sp_ram *r)
 {
     if (r->run.pages == 0)
         return SP_OK;
-    hint(r, r->run_shard, &r->run);
-    sp_status st = push(r, r->run_shard, &r->run);
+    sp_status st = r->written ? arrive(r, &r->run) : SP_OK;
+    if (st == SP_OK && r->postcopy) {
+        give_requested(r, r->run_shard, &r->run);
+        st = push(r, r->run_shard, &r->run);
+    }
     if (st != SP_OK)
         return st;
     if (r->run.kind == SP_DESC_PAGES)
         sp_count(&r->control->totals.normal, r->run.pages);
     r->run.pages = 0;
-    sp_bell_ring(&shard(r, r->run_shard)->work);
+    if (r->postcopy)
+        sp_bell_ring(&shard(r, r->run_shard)->work);
     return SP_OK;
 }
 
@@ -119,7 +151,7 @@ static sp_status add(sp_ram *r, uint32_t index, const sp_desc *one)
     bool data = one->kind == SP_DESC_PAGES;
     bool joins = run->pages && run->kind == one->kind && run->block == one->block &&
                  r->run_shard == index && run->first_page + run->pages == one->first_page &&
-                 (!data || (run->pages < SP_GUESS && one->slot % SP_POOL_SLOTS != 0));
+                 (!data || (run->pages < SP_GUESS && (r->written || one->slot % SP_POOL_SLOTS)));
     if (!joins) {
         sp_status st = sp_route_flush(r);
         if (st != SP_OK)
@@ -153,7 +185,18 @@ static sp_status take_slot(sp_ram *r, uint32_t index)
             return st;
     }
     r->slot = atomic_fetch_add_explicit(&s->slots_taken, 1, memory_order_relaxed);
-    r->has_slot = 1;
+    r->dst = tmp_page(r, index, r->slot);
+    return SP_OK;
+}
+
+/* Finds the current page's resting place. */
+static sp_status settle_page(sp_ram *r, uint32_t index)
+{
+    if (r->dst)
+        return SP_OK;
+    if (!r->written)
+        return take_slot(r, index);
+    r->dst = sp_straight_page(r);
     return SP_OK;
 }
 
@@ -161,6 +204,11 @@ static sp_status commit(sp_ram *r, uint32_t index)
 {
     sp_desc one = {r->page, 1, r->slot, r->block, SP_DESC_PAGES};
     r->in_page = 0;
+    if (r->written && r->trashed) {
+        sp_count(&shard(r, index)->counters.second_pages, 1);
+        sp_count(&r->control->totals.normal, 1);
+        return SP_OK;
+    }
     return add(r, index, &one);
 }
 
@@ -176,10 +224,35 @@ typedef struct bet {
     unsigned pages;     /* bet on */
     size_t rest;        /* bytes the current page still lacks */
     uint64_t first;     /* page index of the first one bet on */
+    uint64_t slot;      /* of the first one (`copy`) */
     uint32_t shard;
 } bet;
 
-/* Lays out the read: the rest of the current page, then pairs of header and tmp page. */
+/* How many of at most `most` pages from b->first on can be bet on now. */
+static sp_status stakes(sp_ram *r, bet *b, uint64_t *most)
+{
+    if (r->written) {
+        *most = sp_straight_bet(r, b->first, *most);
+        return SP_OK;
+    }
+    sp_status st = await(r, b->shard, has_batch);
+    if (st != SP_OK)
+        return st;
+    sp_shard *s = shard(r, b->shard);
+    b->slot = atomic_load_explicit(&s->slots_taken, memory_order_relaxed);
+    uint64_t slots = free_slots(s);
+    *most = *most < slots ? *most : slots;
+    return SP_OK;
+}
+
+static uint8_t *resting_place(const sp_ram *r, const bet *b, unsigned i)
+{
+    if (r->written)
+        return r->alias[r->block] + (b->first + i) * SP_PAGE_BYTES;
+    return tmp_page(r, b->shard, b->slot + i);
+}
+
+/* Lays out the read: the rest of the current page, then pairs of header and resting place. */
 static sp_status place_bet(sp_ram *r, bet *b)
 {
     const sp_block *block = &r->control->blocks[r->block];
@@ -188,23 +261,18 @@ static sp_status place_bet(sp_ram *r, bet *b)
     b->first = r->page + 1;
     b->rest = r->in_page ? SP_PAGE_BYTES - r->got : 0;
     if (r->in_page)
-        b->iov[b->n_iov++] = (struct iovec){
-            tmp_page(r, sp_shard_of(r->control, block, r->page), r->slot) + r->got, b->rest};
+        b->iov[b->n_iov++] = (struct iovec){r->dst + r->got, b->rest};
     if (b->first >= sp_block_pages(block))
         return SP_OK;
     b->shard = sp_shard_of(r->control, block, b->first);
-    sp_status st = await(r, b->shard, has_batch);
-    if (st != SP_OK)
-        return st;
-    sp_shard *s = shard(r, b->shard);
-    uint64_t slot = atomic_load_explicit(&s->slots_taken, memory_order_relaxed);
-    uint64_t most = sp_stripe_rest(r->control, block, b->first), slots = free_slots(s);
-    most = most < slots ? most : slots;
-    for (; b->pages < r->guess && b->pages < most; b->pages++) {
+    uint64_t most = sp_stripe_rest(r->control, block, b->first);
+    most = most < r->guess ? most : r->guess;
+    sp_status st = stakes(r, b, &most);
+    for (; st == SP_OK && b->pages < most; b->pages++) {
         b->iov[b->n_iov++] = (struct iovec){&b->headers[b->pages], 8};
-        b->iov[b->n_iov++] = (struct iovec){tmp_page(r, b->shard, slot + b->pages), SP_PAGE_BYTES};
+        b->iov[b->n_iov++] = (struct iovec){resting_place(r, b, b->pages), SP_PAGE_BYTES};
     }
-    return SP_OK;
+    return st;
 }
 
 /* The bet on page i was lost (or its header is not complete): what landed from there on moves to
@@ -254,9 +322,11 @@ static sp_status settle(sp_ram *r, bet *b, size_t bytes)
         r->in_page = 1;
         r->got = bytes < SP_PAGE_BYTES ? bytes : SP_PAGE_BYTES;
         bytes -= r->got;
-        r->slot = atomic_fetch_add_explicit(&shard(r, b->shard)->slots_taken, 1,
-                                            memory_order_relaxed);
-        r->has_slot = 1;
+        r->dst = resting_place(r, b, i);
+        r->trashed = 0;
+        if (!r->written)
+            r->slot = atomic_fetch_add_explicit(&shard(r, b->shard)->slots_taken, 1,
+                                                memory_order_relaxed);
         sp_status st = r->got == SP_PAGE_BYTES ? commit(r, b->shard) : SP_OK;
         if (st != SP_OK)
             return st;
@@ -270,40 +340,53 @@ sp_status sp_route_ahead(sp_ram *r)
     bet b;
     size_t got = 0;
     /* Nothing may lie here while the wire is quiet: a guest may be waiting for it. */
-    sp_status st = sp_route_flush(r);
+    sp_status st = sp_ram_flush(r);
     if (st == SP_OK)
         st = place_bet(r, &b);
     if (st == SP_OK && b.n_iov == 0)
         return sp_ram_header(r);
     if (st == SP_OK)
         st = sp_stream_scatter(r->stream, b.iov, b.n_iov, &got, r->timeout_ms);
-    if (st == SP_SYS)
-        r->err = r->stream->err;
+    if (st == SP_SYS) /* no memory for a page of the alias */
+        r->err = r->stream->err == EFAULT && r->written ? ENOSPC : r->stream->err;
     return st == SP_OK ? settle(r, &b, got) : st;
+}
+
+static sp_status store(sp_ram *r, const uint8_t *bytes, size_t n)
+{
+    if (r->written && !r->trashed)
+        return sp_straight_store(r, bytes, n);
+    memcpy(r->dst + r->got, bytes, n);
+    r->got += n;
+    return SP_OK;
 }
 
 sp_status sp_route_payload(sp_ram *r)
 {
     sp_stream *s = r->stream;
     uint32_t index = sp_shard_of(r->control, &r->control->blocks[r->block], r->page);
-    if (!r->has_slot) {
-        sp_status st = take_slot(r, index);
-        if (st != SP_OK)
-            return st;
-    }
+    sp_status st = settle_page(r, index);
+    if (st != SP_OK)
+        return st;
     size_t n = SP_PAGE_BYTES - r->got, have = sp_stream_unread(s);
     if (have == 0)
         return sp_route_ahead(r);
     n = n < have ? n : have;
-    memcpy(tmp_page(r, index, r->slot) + r->got, s->buf + s->pos, n);
+    if ((st = store(r, s->buf + s->pos, n)) != SP_OK)
+        return st;
     s->pos += n;
-    r->got += n;
     return r->got == SP_PAGE_BYTES ? commit(r, index) : SP_OK;
 }
 
 sp_status sp_route_discard(sp_ram *r, uint32_t block, uint64_t first_page, uint64_t pages)
 {
     const sp_block *b = &r->control->blocks[block];
+    if (r->written) {
+        /* What stands there stays: guests see only what is received. */
+        sp_bits_clear(r->received, b->first_bit + first_page, pages);
+        sp_count(&r->control->totals.discarded, pages);
+        return SP_OK;
+    }
     while (pages) {
         uint64_t n = sp_stripe_rest(r->control, b, first_page);
         n = n < pages ? n : pages;

@@ -20,13 +20,21 @@ class Shard:
     """Places the pages of one shard.  Buffers must outlive it; release() before closing them."""
 
     def __init__(
-        self, control: Control, index: int, received: Bitmap, requested: Bitmap, pool, uffd: Uffd
+        self,
+        control: Control,
+        index: int,
+        received: Bitmap,
+        requested: Bitmap,
+        pool,
+        uffd: Uffd | None,
     ) -> None:
+        """`uffd`: this process's own, None with `continue`, which needs no mapping here."""
         self.index = index
         self._keep = (control, received, requested, uffd)
         self._views: list = []
         pool_view = self._view(pool)
-        raw = lib.sp_worker_new(control.raw, index, pool_view, received.raw, requested.raw, uffd.fd)
+        fd = -1 if uffd is None else uffd.fd
+        raw = lib.sp_worker_new(control.raw, index, pool_view, received.raw, requested.raw, fd)
         self.raw = ffi.gc(ensure_object(raw, "allocate a worker"), lib.sp_worker_free)
 
     def _view(self, buffer):
@@ -40,8 +48,9 @@ class Shard:
             ffi.release(view)
 
     def add_block(self, index: int, mapping, fd: int) -> None:
-        """Registers this process's mapping of a block."""
-        rc = lib.sp_worker_add_block(self.raw, index, self._view(mapping), fd)
+        """Makes a block known and registers this process's mapping of it, None with `continue`."""
+        view = ffi.NULL if mapping is None else self._view(mapping)
+        rc = lib.sp_worker_add_block(self.raw, index, view, fd)
         if rc < 0:
             raise system_error(-rc, f"register block {index} with the worker's userfaultfd")
 
@@ -58,6 +67,10 @@ class Shard:
         return ShardError(
             f"shard {self.index} could not place page {self.raw.err_bit}: {os.strerror(errno)}"
         )
+
+    def listen(self) -> None:
+        """All discards are done: what is here may be made visible."""
+        lib.sp_worker_listen(self.raw)
 
     def stop(self) -> None:
         lib.sp_worker_stop(self.raw)

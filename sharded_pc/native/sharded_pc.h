@@ -2,9 +2,11 @@
 #ifndef SHARDED_PC_H
 #define SHARDED_PC_H
 
+#include "alias.h"
 #include "bitmap.h"
 #include "control.h"
 #include "floor.h"
+#include "guests.h"
 #include "oracle.h"
 #include "ram.h"
 #include "records.h"

@@ -12,6 +12,8 @@ void sp_view_control(sp_control *c, sp_control_view *v)
     v->bytes = c->bytes;
     v->n_shards = c->n_shards;
     v->owner = c->owner;
+    v->placement = c->placement;
+    memcpy(v->placement_reason, c->placement_reason, sizeof v->placement_reason);
     v->postcopy_state = atomic_load(&c->postcopy_state);
     COPY(c, status);
     COPY(c, n_guests);
@@ -45,10 +47,13 @@ int sp_view_shard(sp_control *c, uint32_t index, sp_shard_view *v)
     COPY(n, pages);
     COPY(n, zero_pages);
     COPY(n, copies);
+    COPY(n, mapped);
     COPY(n, urgent);
     /* A page placed ahead of its turn meets its background descriptor later: no second arrival. */
     uint64_t met_again = LOOK(n->second_pages);
-    v->second_pages = met_again > v->urgent ? met_again - v->urgent : 0;
+    if (c->placement == SP_PLACE_COPY)
+        met_again -= met_again < v->urgent ? met_again : v->urgent;
+    v->second_pages = met_again;
     COPY(n, wakes);
     COPY(n, discarded);
     COPY(n, faults);

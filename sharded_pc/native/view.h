@@ -7,7 +7,8 @@
 
 typedef struct sp_control_view {
     uint64_t bytes, n_bits, stripe_pages;
-    uint32_t n_shards, owner, postcopy_state, status, n_guests, n_blocks;
+    uint32_t n_shards, owner, postcopy_state, status, n_guests, n_blocks, placement;
+    char placement_reason[160];
 } sp_control_view;
 
 typedef struct sp_totals_view {
@@ -16,7 +17,7 @@ typedef struct sp_totals_view {
 } sp_totals_view;
 
 typedef struct sp_shard_view {
-    uint64_t pages, zero_pages, second_pages, copies, urgent, wakes, discarded;
+    uint64_t pages, zero_pages, second_pages, copies, mapped, urgent, wakes, discarded;
     uint64_t faults, requests, late_faults, latency_ns;
     uint64_t latency[SP_LATENCY_BUCKETS];
     uint64_t queued; /* descriptors in the background ring */

@@ -38,13 +38,15 @@ void sp_worker_free(sp_worker *w)
 int sp_worker_add_block(sp_worker *w, uint32_t block, uint8_t *base, int fd)
 {
     const sp_block *b = &w->control->blocks[block];
+    w->base[block] = base;
+    w->fd[block] = fd;
+    if (!base)
+        return 0;
     uint64_t ioctls = 0, needed = UFFDIO_BIT_WAKE | UFFDIO_BIT_COPY | UFFDIO_BIT_ZEROPAGE;
     int rc = sp_uffd_register(w->uffd, (uint64_t)(uintptr_t)base, b->bytes,
                               UFFDIO_REGISTER_MODE_MISSING, &ioctls);
     if (rc == 0 && (ioctls & needed) != needed)
         rc = -EOPNOTSUPP;
-    w->base[block] = base;
-    w->fd[block] = fd;
     return rc;
 }
 
@@ -114,6 +116,8 @@ int sp_worker_add_guest(sp_worker *w, uint32_t guest, int uffd, const uint64_t *
             return rc;
     }
     g->uffd = uffd;
+    g->ahead_block = 0;
+    g->ahead_page = 0;
     memcpy(g->base, base, n * sizeof *base);
     atomic_store(&g->stop, 0);
     atomic_store(&g->state, SP_GUEST_ACTIVE);
@@ -121,7 +125,14 @@ int sp_worker_add_guest(sp_worker *w, uint32_t guest, int uffd, const uint64_t *
     for (uint32_t i = 0; i < n; i++)
         if (base[i])
             sp_uffd_wake(uffd, base[i], w->control->blocks[i].bytes);
+    sp_bell_ring(&w->shard->work); /* there may be pages to map ahead */
     return 0;
+}
+
+void sp_worker_listen(sp_worker *w)
+{
+    atomic_store(&w->listening, 1);
+    sp_bell_ring(&w->shard->work);
 }
 
 static void only_interrupt(int signo)
@@ -171,32 +182,4 @@ void sp_worker_wake_all(sp_worker *w)
     for (uint32_t i = 0; i < SP_MAX_GUESTS; i++)
         if (atomic_load(&w->guests[i].state) == SP_GUEST_ACTIVE)
             for_blocks(w, &w->guests[i], wake_stripe);
-}
-
-void sp_latency_add(sp_worker *w, uint64_t ns)
-{
-    uint64_t us = ns / 1000;
-    unsigned bucket = us < 2 ? 0 : 63u - (unsigned)__builtin_clzll(us);
-    if (bucket >= SP_LATENCY_BUCKETS)
-        bucket = SP_LATENCY_BUCKETS - 1;
-    sp_count(&w->shard->counters.latency[bucket], 1);
-    sp_count(&w->shard->counters.latency_ns, ns);
-}
-
-void sp_waiter_note(sp_worker *w, uint64_t bit, uint64_t ns)
-{
-    sp_waiter *e = &w->waiters[(bit * 0x9E3779B97F4A7C15ULL) >> 54];
-    uint64_t expected = 0;
-    if (atomic_load(&e->bit) != 0)
-        return;
-    atomic_store(&e->ns, ns);
-    atomic_compare_exchange_strong(&e->bit, &expected, bit + 1);
-}
-
-void sp_waiter_end(sp_worker *w, uint64_t bit, uint64_t now_ns)
-{
-    sp_waiter *e = &w->waiters[(bit * 0x9E3779B97F4A7C15ULL) >> 54];
-    uint64_t ns = atomic_load(&e->ns), mine = bit + 1;
-    if (atomic_compare_exchange_strong(&e->bit, &mine, 0) && now_ns > ns)
-        sp_latency_add(w, now_ns - ns);
 }

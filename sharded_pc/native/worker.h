@@ -17,15 +17,11 @@ typedef struct sp_guest {
     _Atomic uint32_t stop;  /* of its fault loop; writer: main thread */
     int uffd;
     uint64_t base[SP_MAX_BLOCKS]; /* where the guest mapped each block, 0: not mapped */
+    /* `continue`: the stripe from which on pages that are here are still to be mapped ahead.
+     * Writer: main thread before ACTIVE, then placement. */
+    uint32_t ahead_block;
+    uint64_t ahead_page;
 } sp_guest;
-
-/* When a guest's fault on a page was read.  One entry per hash: a collision loses a sample of the
- * latency statistics, never a fault.  Writer: fault loop (ns, then page), placement clears page. */
-#define SP_WAITERS 1024u
-typedef struct sp_waiter {
-    _Atomic uint64_t bit; /* bitmap index + 1, 0: free */
-    _Atomic uint64_t ns;
-} sp_waiter;
 
 typedef struct sp_worker {
     sp_control *control;
@@ -33,26 +29,30 @@ typedef struct sp_worker {
     uint32_t index;
     uint8_t *pool; /* this shard's tmp pages */
     sp_word *received, *requested;
-    int uffd;      /* this process's own, on its own mapping of every block */
+    int uffd;      /* this process's own, on its own mapping of every block; -1: `continue` */
     uint8_t *base[SP_MAX_BLOCKS];
     int fd[SP_MAX_BLOCKS];
     _Atomic uint32_t stop;
+    _Atomic uint32_t listening; /* all discards are done; writer: main thread */
     _Atomic uint32_t placing; /* a placement loop runs; writer: placement */
     int err;               /* errno of a failed placement */
     uint64_t err_bit;      /* where */
     sp_guest guests[SP_MAX_GUESTS];
-    sp_waiter waiters[SP_WAITERS];
 } sp_worker;
 
-/* `uffd`: blocking, from sp_uffd_open.  The worker owns no mapping; Python unmaps. */
+/* `uffd`: blocking, from sp_uffd_open, -1 with `continue`.  The worker owns no mapping; Python
+ * unmaps. */
 sp_worker *sp_worker_new(sp_control *c, uint32_t index, uint8_t *pool, sp_word *received,
                          sp_word *requested, int uffd);
 void sp_worker_free(sp_worker *w);
-/* Registers this process's mapping of a block (MISSING).  0 or -errno. */
+/* Makes a block known and registers this process's mapping of it (MISSING); with `continue` there is
+ * none (NULL).  0 or -errno. */
 int sp_worker_add_block(sp_worker *w, uint32_t block, uint8_t *base, int fd);
 
 /* Runs until stopped or broken: SP_STOPPED, SP_SYS (err, err_bit). */
 sp_status sp_worker_place(sp_worker *w);
+/* From now on pages that are here may be made visible to guests (`continue` maps them ahead). */
+void sp_worker_listen(sp_worker *w);
 /* Runs until the guest or the worker is stopped: SP_STOPPED, SP_SYS (guest broken), SP_EOF. */
 sp_status sp_worker_faults(sp_worker *w, uint32_t guest, int *err, uint64_t *err_addr);
 void sp_worker_stop(sp_worker *w);
@@ -80,9 +80,9 @@ int sp_fill_hole(sp_worker *w, uint32_t block, uint64_t page);
 /* Wakes waiters on pages of a block in one guest or (guest < 0) in all. */
 void sp_wake_guests(sp_worker *w, int guest, uint32_t block, uint64_t page, uint64_t pages);
 
-/* Latency samples. */
-void sp_waiter_note(sp_worker *w, uint64_t bit, uint64_t ns);
-void sp_waiter_end(sp_worker *w, uint64_t bit, uint64_t now_ns);
-void sp_latency_add(sp_worker *w, uint64_t ns);
+/* ahead.c: pages that stand in their block become visible to every guest (`continue`). */
+void sp_map_arrived(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages, uint32_t kind);
+/* One stripe of one guest that has not been told of pages that came before it; false: none left. */
+bool sp_map_ahead(sp_worker *w);
 
 #endif

@@ -59,6 +59,7 @@ def shard_info(index: int, shard: ShardCounters) -> dict:
         "late-faults": shard.late_faults,
         "postcopy-requests": shard.requests,
         "copies": shard.copies,
+        "mapped-pages": shard.mapped,
         "wakes": shard.wakes,
         "discarded-pages": shard.discarded,
         "restarts": shard.restarts,
@@ -95,7 +96,8 @@ def migration_info(
         "error-desc": error,
         "sharded": {
             "name": name,
-            "placement": "copy",
+            "placement": control.placement,
+            "placement-reason": control.placement_reason,
             "guests": control.view.n_guests,
             "spills": totals.spills,
             "stripe-size": ram.stripe_bytes if ram else None,

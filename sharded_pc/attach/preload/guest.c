@@ -15,7 +15,8 @@
 
 enum { PAGE_BYTES = 4096, ADDRESS_ROOM = 32 };
 
-static const char ATTACH[] = "{\"attach\": {\"version\": 1, \"modes\": [\"missing\"]}}\n";
+static const char ATTACH[] = "{\"attach\": {\"version\": 1, \"modes\": "
+                             "[\"missing\", \"missing+minor\"]}}\n";
 
 void sp_say(const char *format, ...)
 {
@@ -107,11 +108,12 @@ static int match(sp_guest *guest, const sp_offer *offer, const sp_offered_block 
     return 0;
 }
 
-static int open_uffds(sp_guest *guest, uint64_t shards, sp_trouble *trouble)
+static int open_uffds(sp_guest *guest, uint64_t shards, uint64_t mode, sp_trouble *trouble)
 {
+    uint64_t minor = mode & UFFDIO_REGISTER_MODE_MINOR ? UFFD_FEATURE_MINOR_SHMEM : 0;
     for (uint64_t i = 0; i < shards; i++) {
         sp_uffd_info info;
-        int fd = sp_uffd_open(UFFD_FEATURE_MISSING_SHMEM, 0, &info);
+        int fd = sp_uffd_open(UFFD_FEATURE_MISSING_SHMEM | minor, 0, &info);
         if (fd < 0)
             return sp_fail(trouble, "open a userfaultfd that serves the kernel's faults too: %s; "
                                     "`sharded-pc check` names the remedy", strerror(-fd));
@@ -141,7 +143,7 @@ static int register_segment(const sp_guest *guest, const sp_segment *segment,
 static int register_all(sp_guest *guest, const sp_offer *offer, const sp_offered_block **blocks,
                         sp_trouble *trouble)
 {
-    if (open_uffds(guest, offer->shards, trouble))
+    if (open_uffds(guest, offer->shards, offer->mode, trouble))
         return -1;
     guest->stripe_bytes = offer->stripe_bytes;
     guest->shards = offer->shards;

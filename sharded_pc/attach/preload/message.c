@@ -11,7 +11,8 @@ enum { MAX_DEPTH = 16 };
 static const struct {
     const char *word;
     uint64_t bits;
-} MODES[] = {{"missing", UFFDIO_REGISTER_MODE_MISSING}};
+} MODES[] = {{"missing", UFFDIO_REGISTER_MODE_MISSING},
+    {"missing+minor", UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR}};
 
 long sp_message_end(sp_cut *cut, const char *buf, size_t len)
 {

@@ -1,0 +1,100 @@
+/* Payload straight into its RAMBlock (`continue` placement): where it lands, and what keeps a wrong
+ * guess harmless.
+ *
+ * A page that is not received is in no guest, whatever stands in it: guests map it only by
+ * UFFDIO_CONTINUE, and only received pages are continued.  So a read may bet on pages that are not
+ * received, and on none that is.  What a lost bet or an older version left there is remembered in
+ * `written`: a zero page must overwrite it.
+ *
+ * Bytes from the stream's buffer are written by descriptor, for a store into a full tmpfs would be
+ * SIGBUS; a read into the alias then fails with EFAULT.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "ram.h"
+
+enum { ZERO_IOV = 64 };
+
+static uint64_t bit_of(const sp_ram *r, uint64_t page)
+{
+    return r->control->blocks[r->block].first_bit + page;
+}
+
+/* A second arrival of a page that guests may have mapped goes nowhere. */
+uint8_t *sp_straight_page(sp_ram *r)
+{
+    r->trashed = r->postcopy && sp_bit_test(r->received, bit_of(r, r->page));
+    if (r->trashed)
+        return r->trash;
+    sp_bits_set(r->written, bit_of(r, r->page), 1);
+    return r->alias[r->block] + r->page * SP_PAGE_BYTES;
+}
+
+uint64_t sp_straight_bet(sp_ram *r, uint64_t first, uint64_t most)
+{
+    uint64_t bit = bit_of(r, first);
+    if (most == 0 || sp_bit_test(r->received, bit))
+        return 0;
+    uint64_t pages = sp_bits_run(r->received, bit, most);
+    sp_bits_set(r->written, bit, pages);
+    return pages;
+}
+
+static sp_status failed(sp_ram *r, int err)
+{
+    r->err = err;
+    return SP_SYS;
+}
+
+sp_status sp_straight_store(sp_ram *r, const uint8_t *bytes, size_t n)
+{
+    while (n) {
+        off_t at = (off_t)(r->page * SP_PAGE_BYTES + r->got);
+        ssize_t w = pwrite(r->block_fd[r->block], bytes, n, at);
+        if (w < 0 && errno == EINTR)
+            continue;
+        if (w <= 0)
+            return failed(r, w ? errno : ENOSPC);
+        bytes += w;
+        n -= (size_t)w;
+        r->got += (size_t)w;
+    }
+    return SP_OK;
+}
+
+static sp_status write_zeros(sp_ram *r, uint32_t block, uint64_t page, uint64_t pages)
+{
+    static const uint8_t zeros[SP_PAGE_BYTES];
+    struct iovec iov[ZERO_IOV];
+    for (int i = 0; i < ZERO_IOV; i++)
+        iov[i] = (struct iovec){(void *)(uintptr_t)zeros, SP_PAGE_BYTES};
+    off_t at = (off_t)(page * SP_PAGE_BYTES), end = at + (off_t)(pages * SP_PAGE_BYTES);
+    while (at < end) {
+        uint64_t left = ((uint64_t)(end - at) + SP_PAGE_BYTES - 1) / SP_PAGE_BYTES;
+        iov[0].iov_len = SP_PAGE_BYTES - (size_t)(at % SP_PAGE_BYTES);
+        ssize_t w = pwritev(r->block_fd[block], iov, left < ZERO_IOV ? (int)left : ZERO_IOV, at);
+        if (w < 0 && errno == EINTR)
+            continue;
+        if (w <= 0)
+            return failed(r, w ? errno : ENOSPC);
+        at += w;
+    }
+    return SP_OK;
+}
+
+sp_status sp_straight_zeros(sp_ram *r, uint32_t block, uint64_t page, uint64_t pages)
+{
+    uint64_t bit = r->control->blocks[block].first_bit + page;
+    for (uint64_t i = 0, n; i < pages; i += n) {
+        n = sp_bits_run(r->written, bit + i, pages - i);
+        if (!sp_bit_test(r->written, bit + i))
+            continue;
+        sp_status st = write_zeros(r, block, page + i, n);
+        if (st != SP_OK)
+            return st;
+    }
+    return SP_OK;
+}
