@@ -453,7 +453,9 @@ def test_qemu_attaches(tmp_path: Path, unique_name: str, binary: QemuBinary) -> 
 
     pages = PageOracle((RamBlock("pc.ram", QEMU_RAM),))
     with (
-        Receiver(tmp_path, unique_name, None, "--workers", "2", keep=False) as receiver,
+        Receiver(
+            tmp_path, unique_name, None, "--workers", "2", "--placement", "copy", keep=False
+        ) as receiver,
         Source(receiver, pages, None) as source,
     ):
         (ram,) = source.files()

@@ -163,7 +163,7 @@ USAGE = {
     "no workers": (["exec:true", "--workers", "0"], "0 workers: expected 1 to 64"),
     "many workers": (["exec:true", "--workers", "65"], "65 workers: expected 1 to 64"),
     "not a number": (["exec:true", "--workers", "two"], "invalid int value"),
-    "continue": (["exec:true", "--placement", "continue"], "--placement continue is not there"),
+    "placement": (["exec:true", "--placement", "move"], "invalid choice: 'move'"),
     "closed status": (["exec:true", "--status-fd", "987"], "--status-fd 987: that descriptor is n"),
     "readable status": (["exec:true", "--status-fd", "READING"], "status descriptor .*: Bad file"),
     "nobody reads": (["exec:true", "--status-fd", "UNREAD"], "status descriptor .*: Broken pipe"),

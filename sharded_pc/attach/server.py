@@ -58,6 +58,8 @@ class AttachServer:
         self._over = asyncio.Event()
         self._last_word = protocol.event(protocol.COMPLETED)
         self._guests: dict[int, socket.socket] = {}
+        self._broken: dict[int, str] = {}
+        """what a worker said of a guest that is not admitted yet"""
         self._pids: set[int] = set()
         """processes that have finished the hand-over, now or before"""
         self._free = list(range(MAX_GUESTS))
@@ -92,7 +94,9 @@ class AttachServer:
     def broken(self, slot: int, text: str) -> None:
         """A worker cannot serve this guest."""
         sock = self._guests.get(slot)
-        if sock is not None:
+        if sock is None:  # one worker finds out while another still learns of the guest
+            self._broken[slot] = text
+        else:
             log.warning("guest %d dropped: %s", slot, text)
             _tell(sock, protocol.error(text))
             sock.shutdown(socket.SHUT_RDWR)
@@ -205,6 +209,7 @@ class AttachServer:
             if not self._free:
                 raise AttachError(f"{MAX_GUESTS} guests are attached already; close one first")
             slot = self._free.pop(0)
+            self._broken.pop(slot, None)
             try:
                 await self._add(slot, addresses, protocol.MODES[mode], uffds)
             except ShardError as error:
@@ -218,6 +223,8 @@ class AttachServer:
         self._pids.add(_peer_pid(client))
         self._memory.control.note_guests(len(self._guests))
         _tell(client, {"attached": {"guest": slot}})
+        if slot in self._broken:
+            self.broken(slot, self._broken.pop(slot))
         if self._over.is_set():
             await self._forget(slot, release="desc" not in self._last_word)
         return slot
