@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from sharded_pc import shm
+from sharded_pc.geometry import Placement
 from tests.qemu import WaitTimeout, backports, wait_until
 from tests.qemu.backports import QemuBinary
 from tests.receiver import describe, marked_processes
@@ -180,3 +181,11 @@ def _leftovers(before: set[str]) -> list[str]:
         if name.startswith(_run_prefix())
         or not (OF_A_RUN.match(name) or name.rpartition("%")[0] in alive)
     ]  # fmt: skip
+
+
+@pytest.fixture(params=list(Placement))
+def placement(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Placement:
+    """Both ways of placing pages, for every receiver that the test starts."""
+    monkeypatch.setattr("tests.synthetic.PLACEMENT", request.param)
+    monkeypatch.setattr("tests.receiver.PLACEMENT", ("--placement", request.param.value))
+    return request.param

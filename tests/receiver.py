@@ -51,6 +51,10 @@ class Outcome:
         return [line for line in self.stderr.splitlines() if line.startswith("sharded-pc: ")]
 
 
+PLACEMENT: tuple[str, ...] = ()
+"""Options of receivers before those that a test gives; the fixture `placement` sets it."""
+
+
 class Receiver:
     """One receiver; a context manager.
 
@@ -77,7 +81,7 @@ class Receiver:
         self.incoming = incoming or f"unix:{self._path('mig')}"
         self.attach_path = self._path("attach")
         self.control_path = self._path("control")
-        self._options = [*options, *(["--keep"] if keep else [])]
+        self._options = [*PLACEMENT, *options, *(["--keep"] if keep else [])]
         self._options += ["--control", str(self.control_path)] if control else []
         self._pass_fds, self._prefix = tuple(pass_fds), list(prefix)
         self._process: subprocess.Popen[bytes] | None = None

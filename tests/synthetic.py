@@ -165,6 +165,9 @@ def open_source(sock: socket.socket, pages: PageOracle = ORACLE, **options: Any)
 
 # --- receivers ---
 
+PLACEMENT: Placement | None = None
+"""Of receivers that are told nothing else; the fixture `placement` sets it."""
+
 
 class Receiving:
     """A receiver on a thread; ``sock`` is its source's end. ``finish()`` gives its info or raises
@@ -175,7 +178,8 @@ class Receiving:
         self.sock.settimeout(WAIT_S)
         self.attach = str(folder / f"{name}.attach")
         self.name = name
-        settings = {"attach": self.attach, "stripe_bytes": STRIPE_BYTES, **settings}
+        given = {"attach": self.attach, "stripe_bytes": STRIPE_BYTES, "placement": PLACEMENT}
+        settings = {**given, **settings}
         self._settings = Settings(FdAddress(self._theirs.fileno()), name, workers, **settings)
         self.coordinator: Coordinator
         self._listening = threading.Event()

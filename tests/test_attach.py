@@ -39,7 +39,7 @@ from tests.synthetic import (
     open_source,
 )
 
-pytestmark = pytest.mark.uffd
+pytestmark = [pytest.mark.uffd, pytest.mark.usefixtures("placement")]
 
 MISSING = missing_pages(ORACLE, 0)
 

@@ -23,7 +23,7 @@ from sharded_pc.errors import (
     ShardedPcError,
     StreamEnded,
 )
-from sharded_pc.geometry import PAGE_BYTES, RamBlock
+from sharded_pc.geometry import PAGE_BYTES, Placement, RamBlock
 from sharded_pc.state import TRANSITIONS, Message, PostcopyState
 from sharded_pc.wire import package
 from sharded_pc.wire import writer as w
@@ -82,7 +82,12 @@ def run(new_name: Callable[[], str]) -> Callable[..., ShardedPcError | None]:
     """Feeds a stream to a receiver of its own, which must come out of it unharmed."""
 
     def run_one(stream: bytes, shards: int = 2) -> ShardedPcError | None:
-        receiver = LoneReceiver(new_name(), shards)
+        errors = [run_placed(stream, shards, placement) for placement in Placement]
+        assert str(errors[0]) == str(errors[1]), "both placements say the same"
+        return errors[0]
+
+    def run_placed(stream: bytes, shards: int, placement: Placement) -> ShardedPcError | None:
+        receiver = LoneReceiver(new_name(), shards, placement)
         try:
             error = receiver.run(stream)
             check_unharmed(receiver)
@@ -107,9 +112,10 @@ def check_unharmed(receiver: LoneReceiver) -> None:
     assert receiver.broken == []
 
 
-def test_the_good_stream_is_good(new_name):
+@pytest.mark.parametrize("placement", list(Placement))
+def test_the_good_stream_is_good(new_name, placement):
     """What the cases below break: received whole, every byte right."""
-    receiver = LoneReceiver(new_name())
+    receiver = LoneReceiver(new_name(), placement=placement)
     try:
         assert receiver.run(GOOD) is None
         for index, block in enumerate(BLOCKS):

@@ -38,7 +38,7 @@ from tests.synthetic import (
     waits_for_page,
 )
 
-pytestmark = pytest.mark.uffd
+pytestmark = [pytest.mark.uffd, pytest.mark.usefixtures("placement")]
 
 MISSING = missing_pages(ORACLE, 0)
 DATA = missing_pages(ORACLE, 0, DIRTIED)

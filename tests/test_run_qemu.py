@@ -26,7 +26,10 @@ from tests.receiver import describe
 from tests.runner import Destination, Runner
 from tests.test_receive_qemu import begin_precopy, check_figures, switch
 
-pytestmark = [pytest.mark.qemu, pytest.mark.uffd, pytest.mark.timeout(90)]
+pytestmark = [
+    pytest.mark.qemu, pytest.mark.uffd, pytest.mark.timeout(90),
+    pytest.mark.usefixtures("placement"),
+]  # fmt: skip
 
 MEMORY_MIB = 64
 RATE = 4 * MIB

@@ -10,6 +10,7 @@ from sharded_pc import shm
 from sharded_pc.geometry import PAGE_BYTES, Geometry
 from sharded_pc.native.control import Control, ShardCounters, Totals
 from sharded_pc.native.core import now_ns
+from sharded_pc.observe.memory import process_memory
 from sharded_pc.state import MigrationStatus
 
 
@@ -63,6 +64,7 @@ def shard_info(index: int, shard: ShardCounters) -> dict:
         "wakes": shard.wakes,
         "discarded-pages": shard.discarded,
         "restarts": shard.restarts,
+        "memory": process_memory(shard.pid),
         "postcopy-latency-dist": list(shard.latency),
     }
 
@@ -101,6 +103,7 @@ def migration_info(
             "guests": control.view.n_guests,
             "spills": totals.spills,
             "stripe-size": ram.stripe_bytes if ram else None,
+            "memory": process_memory(control.view.owner),
             "shards": [shard_info(i, shard) for i, shard in enumerate(shards)],
         },
     }
