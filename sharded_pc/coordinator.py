@@ -66,7 +66,7 @@ def folder_prefix(name: str) -> str:
     return f"sharded-pc.{name}."
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What `receive` is told; paths are file-system paths, None: not wanted."""
 

@@ -180,7 +180,9 @@ class Receiving:
         self.name = name
         given = {"attach": self.attach, "stripe_bytes": STRIPE_BYTES, "placement": PLACEMENT}
         settings = {**given, **settings}
-        self._settings = Settings(FdAddress(self._theirs.fileno()), name, workers, **settings)
+        self._settings = Settings(
+            incoming=FdAddress(self._theirs.fileno()), name=name, workers=workers, **settings
+        )
         self.coordinator: Coordinator
         self._listening = threading.Event()
 

@@ -113,7 +113,10 @@ async def _demo(args: argparse.Namespace, folder: Path) -> int:
     from sharded_pc.observe.progress import Progress, summary
 
     stream, attach = str(folder / "migration"), str(folder / "attach")
-    settings = Settings(UnixAddress(stream), f"demo-{os.getpid()}", args.workers, attach)
+    name = f"demo-{os.getpid()}"
+    settings = Settings(
+        incoming=UnixAddress(stream), name=name, workers=args.workers, attach=attach
+    )
     signals = Signals()
     async with Coordinator(settings) as coordinator:
         signals.call(coordinator.quit)
