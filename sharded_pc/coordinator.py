@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Sequence
@@ -88,6 +89,10 @@ class Settings:
     """command line of a destination to resume; (): none"""
     qemu_stdout: int | None = None
     """descriptor that its standard output goes to; None: ours"""
+
+
+def _is_socket(fd: int) -> bool:
+    return fd >= 0 and stat.S_ISSOCK(os.fstat(fd).st_mode)
 
 
 class _Bridge:
@@ -473,7 +478,11 @@ class Coordinator:
         await self._shards.tell("prepare")
 
     async def listen(self) -> None:
-        await self._shards.tell("listen")
+        assert self._wire is not None
+        if _is_socket(self._wire.back_fd):
+            await self._shards.tell("listen", True, fd=self._wire.back_fd)
+        else:
+            await self._shards.tell("listen")
         if self._return_path is not None:
             self._return_path.arm()
         if self._attach is not None:

@@ -123,9 +123,9 @@ class Shards:
     async def ready(self) -> None:
         await asyncio.gather(*(p.ready() for p in self.processes))
 
-    async def tell(self, word: str, *arguments: object) -> None:
-        """Tells all workers, waits for all; the first ShardError."""
-        await asyncio.gather(*(p.tell(word, *arguments) for p in self.processes))
+    async def tell(self, word: str, *arguments: object, fd: int | None = None) -> None:
+        """Tells all workers, waits for all; the first ShardError.  Each gets a copy of `fd`."""
+        await asyncio.gather(*(p.tell(word, *arguments, fd=fd) for p in self.processes))
 
     async def stop(self) -> None:
         await asyncio.gather(*(p.stop() for p in self.processes))

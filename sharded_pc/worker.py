@@ -48,6 +48,7 @@ class ShardWorker:
         self._placing: threading.Thread | None = None
         self._guests: dict[int, tuple[int, threading.Thread | None]] = {}
         self._listening = False
+        self._back_fd = -1
         allow_interrupts(INTERRUPT)
 
     @property
@@ -95,10 +96,12 @@ class ShardWorker:
             with contextlib.suppress(OSError):
                 block.map.madvise(MADV_NOHUGEPAGE)
 
-    def listen(self) -> None:
-        """All discards are done: faults are answered from now on."""
+    def listen(self, back_fd: int = -1) -> None:
+        """All discards are done: faults are answered from now on, missing pages requested on the
+        wire `back_fd`, which becomes ours (-1: through the ring)."""
         self._listening = True
-        self.shard.listen()
+        self._back_fd = back_fd
+        self.shard.listen(back_fd)
         for slot in list(self._guests):
             self._start_faults(slot)
         self.shard.wake_all()
@@ -152,6 +155,8 @@ class ShardWorker:
         if self._shard is not None:
             self._shard.release()
             self._shard = None
+        if self._back_fd >= 0:
+            os.close(self._back_fd)
         if self._uffd is not None:
             self._uffd.close()
 
@@ -176,7 +181,7 @@ class _Process:
         self._handlers: dict[str, Callable] = {
             "geometry": self._geometry,
             "prepare": self._worker.prepare,
-            "listen": self._worker.listen,
+            "listen": self._listen,
             "guest": self._guest,
             "drop": self._worker.drop_guest,
         }
@@ -188,6 +193,10 @@ class _Process:
     def _geometry(self) -> None:
         self._worker.geometry()
         self._worker.start_placing()
+
+    def _listen(self, wire: bool = False) -> None:
+        """With `wire` its descriptor follows on the pipe."""
+        self._worker.listen(reduction.recv_handle(self._conn) if wire else -1)
 
     def _guest(self, slot: int, addresses: list[int], mode: int) -> None:
         """The userfaultfd follows on the pipe."""

@@ -27,6 +27,8 @@
  * were received straight into their RAMBlock.  Zero is no placement. */
 enum { SP_PLACE_COPY = 1, SP_PLACE_CONTINUE = 2 };
 
+#define SP_BACK_LOOP 0x10000u
+
 typedef struct sp_block {
     char name[256];        /* NUL-terminated idstr */
     uint64_t bytes;        /* used_length */
@@ -103,6 +105,9 @@ typedef struct sp_control {
     uint64_t stripe_pages;
     uint64_t n_bits;                 /* of each bitmap */
     alignas(64) sp_bell requests;    /* rung by fault loops, the return-path loop waits */
+    /* Who writes on the return path now, 0: nobody; a message must not be cut by another.  Writers:
+     * the return-path loop (SP_BACK_LOOP) and, if it is free, fault loops (shard + 1); seq_cst. */
+    _Atomic uint32_t back_writer;
     alignas(64) sp_totals totals;
     sp_block blocks[SP_MAX_BLOCKS];
     alignas(64) sp_shard shards[];

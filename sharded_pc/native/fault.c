@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "map.h"
+#include "return_path.h"
 #include "uffd.h"
 #include "uffd_abi.h"
 #include "worker.h"
@@ -76,6 +77,11 @@ static bool stopped(sp_worker *w, uint32_t guest)
 static void request(sp_worker *w, uint32_t guest, const fault *f)
 {
     sp_desc d = {f->page, 1, 0, f->block, SP_DESC_REQUEST};
+    if (w->back_fd >= 0 &&
+        sp_rp_request(w->control, w->back_fd, w->index, f->block, f->page, &w->stop)) {
+        sp_count(&w->shard->counters.requests, 1);
+        return;
+    }
     while (!sp_ring_push(&w->shard->requests[guest], &d)) {
         sp_bell_ring(&w->control->requests);
         if (stopped(w, guest))

@@ -3,8 +3,10 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 enum { MSG_REQ_PAGES_ID = 3, MSG_REQ_PAGES = 4, LARGEST_REQUEST = 4 + 12 + 1 + 255 };
@@ -57,28 +59,70 @@ void sp_rp_stop(sp_return_path *rp)
     sp_bell_ring(&rp->control->requests);
 }
 
-static void put(sp_return_path *rp, uint64_t v, int bytes)
+static uint8_t *put(uint8_t *to, uint64_t v, int bytes)
 {
     for (int i = bytes - 1; i >= 0; i--)
-        rp->out[rp->n_out++] = (uint8_t)(v >> (8 * i));
+        *to++ = (uint8_t)(v >> (8 * i));
+    return to;
+}
+
+/* One request at `to`, with the block's name or without; its length. */
+static size_t write_request(const sp_control *c, uint8_t *to, const sp_desc *d, bool named)
+{
+    const sp_block *b = &c->blocks[d->block];
+    size_t len = strnlen(b->name, sizeof b->name);
+    uint8_t *at = put(to, named ? MSG_REQ_PAGES_ID : MSG_REQ_PAGES, 2);
+    at = put(at, named ? 13 + len : 12, 2);
+    at = put(at, d->first_page * SP_PAGE_BYTES, 8);
+    at = put(at, d->pages * SP_PAGE_BYTES, 4);
+    if (named) {
+        at = put(at, len, 1);
+        memcpy(at, b->name, len);
+        at += len;
+    }
+    return (size_t)(at - to);
 }
 
 static void put_request(sp_return_path *rp, const sp_desc *d)
 {
-    const sp_block *b = &rp->control->blocks[d->block];
-    size_t len = strnlen(b->name, sizeof b->name);
     bool named = d->block != rp->last_block;
-    put(rp, named ? MSG_REQ_PAGES_ID : MSG_REQ_PAGES, 2);
-    put(rp, named ? 13 + len : 12, 2);
-    put(rp, d->first_page * SP_PAGE_BYTES, 8);
-    put(rp, d->pages * SP_PAGE_BYTES, 4);
-    if (named) {
-        put(rp, len, 1);
-        memcpy(rp->out + rp->n_out, b->name, len);
-        rp->n_out += len;
-    }
+    rp->n_out += write_request(rp->control, rp->out + rp->n_out, d, named);
     rp->last_block = d->block;
     sp_count(&rp->control->totals.requests_sent, 1);
+}
+
+/* The rest of a message that the wire took a part of: nobody may write before it is whole. */
+static bool send_rest(int fd, const uint8_t *bytes, size_t n, const _Atomic uint32_t *stop)
+{
+    while (n && !atomic_load(stop)) {
+        struct pollfd p = {.fd = fd, .events = POLLOUT};
+        poll(&p, 1, WIRE_STUCK_MS);
+        ssize_t w = send(fd, bytes, n, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (w < 0 && errno != EAGAIN && errno != EINTR)
+            return true; /* the wire is broken: the stream's thread says so */
+        if (w > 0) {
+            bytes += w;
+            n -= (size_t)w;
+        }
+    }
+    return true;
+}
+
+bool sp_rp_request(sp_control *c, int fd, uint32_t shard, uint32_t block, uint64_t page,
+                   const _Atomic uint32_t *stop)
+{
+    uint8_t message[LARGEST_REQUEST];
+    uint32_t nobody = 0;
+    sp_desc d = {page, 1, 0, block, SP_DESC_REQUEST};
+    size_t n = write_request(c, message, &d, true);
+    if (!atomic_compare_exchange_strong(&c->back_writer, &nobody, shard + 1))
+        return false;
+    ssize_t w = send(fd, message, n, MSG_DONTWAIT | MSG_NOSIGNAL);
+    bool sent = w == (ssize_t)n || (w > 0 && send_rest(fd, message + w, n - (size_t)w, stop));
+    atomic_store(&c->back_writer, 0);
+    if (sent)
+        sp_count(&c->totals.requests_sent, 1);
+    return sent;
 }
 
 static void take_outbox(sp_return_path *rp)
@@ -125,9 +169,9 @@ static sp_status await_room(sp_return_path *rp)
     return n == 0 && atomic_load(&rp->stop) ? SP_STOPPED : SP_OK;
 }
 
-static sp_status send_out(sp_return_path *rp)
+static sp_status write_out(sp_return_path *rp)
 {
-    for (size_t done = 0; rp->fd >= 0 && done < rp->n_out;) {
+    for (size_t done = 0; done < rp->n_out;) {
         ssize_t n = write(rp->fd, rp->out + done, rp->n_out - done);
         sp_status st = SP_OK;
         if (n >= 0)
@@ -140,8 +184,35 @@ static sp_status send_out(sp_return_path *rp)
             return st;
     }
     atomic_fetch_add(&rp->sent, rp->n_out);
-    rp->n_out = 0;
     return SP_OK;
+}
+
+/* Fault loops write for microseconds; one that died in the middle has cut its message, and the
+ * wire with it. */
+static bool take_turn(sp_return_path *rp)
+{
+    uint32_t nobody = 0;
+    while (!atomic_compare_exchange_weak(&rp->control->back_writer, &nobody, SP_BACK_LOOP)) {
+        if (atomic_load(&rp->stop))
+            return false;
+        nobody = 0;
+        sched_yield();
+    }
+    return true;
+}
+
+static sp_status send_out(sp_return_path *rp)
+{
+    sp_status st = SP_OK;
+    if (rp->fd >= 0) {
+        if (!take_turn(rp))
+            return SP_STOPPED;
+        st = write_out(rp);
+        atomic_store(&rp->control->back_writer, 0);
+    }
+    rp->n_out = 0;
+    rp->last_block = UINT32_MAX; /* another's message may name one in between */
+    return st;
 }
 
 sp_status sp_rp_loop(sp_return_path *rp)

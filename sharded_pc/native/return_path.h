@@ -1,12 +1,15 @@
-/* The return path: the one writer of the wire's way back.
+/* The return path: what goes back to the source.
  *
- * Drains the shards' request rings into REQ_PAGES_ID / REQ_PAGES messages and sends them together
- * with what Python posts (PONG, SHUT, ...).  A block's name is sent only when it changes.
+ * A fault loop sends its request itself while nobody else writes: that spares a process and a
+ * wake-up.  Otherwise it goes through its ring, and the loop here drains the rings into REQ_PAGES_ID
+ * / REQ_PAGES messages and sends them together with what Python posts (PONG, SHUT, ...).  Within one
+ * write a block's name is sent only when it changes.
  */
 #ifndef SP_RETURN_PATH_H
 #define SP_RETURN_PATH_H
 
 #include <pthread.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -29,6 +32,11 @@ typedef struct sp_return_path {
     uint8_t outbox[SP_RP_OUTBOX];
     uint8_t out[SP_RP_BUFFER];
 } sp_return_path;
+
+/* One REQ_PAGES_ID for one page from a fault loop of this shard; fd: the wire.  False: not sent, the
+ * ring has to take it. */
+bool sp_rp_request(sp_control *c, int fd, uint32_t shard, uint32_t block, uint64_t page,
+                   const _Atomic uint32_t *stop);
 
 sp_return_path *sp_rp_new(sp_control *c, int fd);
 void sp_rp_free(sp_return_path *rp);

@@ -68,9 +68,10 @@ class Shard:
             f"shard {self.index} could not place page {self.raw.err_bit}: {os.strerror(errno)}"
         )
 
-    def listen(self) -> None:
-        """All discards are done: what is here may be made visible."""
-        lib.sp_worker_listen(self.raw)
+    def listen(self, back_fd: int = -1) -> None:
+        """All discards are done: what is here may be made visible.  Pages are requested on the
+        socket `back_fd`, which must outlive this; -1: through the ring alone."""
+        lib.sp_worker_listen(self.raw, back_fd)
 
     def stop(self) -> None:
         lib.sp_worker_stop(self.raw)

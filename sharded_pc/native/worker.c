@@ -27,6 +27,7 @@ sp_worker *sp_worker_new(sp_control *c, uint32_t index, uint8_t *pool, sp_word *
     w->received = received;
     w->requested = requested;
     w->uffd = uffd;
+    w->back_fd = -1;
     return w;
 }
 
@@ -129,8 +130,9 @@ int sp_worker_add_guest(sp_worker *w, uint32_t guest, int uffd, const uint64_t *
     return 0;
 }
 
-void sp_worker_listen(sp_worker *w)
+void sp_worker_listen(sp_worker *w, int back_fd)
 {
+    w->back_fd = back_fd;
     atomic_store(&w->listening, 1);
     sp_bell_ring(&w->shard->work);
 }

@@ -27,6 +27,8 @@ typedef struct sp_worker {
     sp_control *control;
     sp_shard *shard;
     uint32_t index;
+    int back_fd;   /* the wire's way back for requests, -1: by the ring; writer: main thread, before
+                    * the fault loops start */
     uint8_t *pool; /* this shard's tmp pages */
     sp_word *received, *requested;
     int uffd;      /* this process's own, on its own mapping of every block; -1: `continue` */
@@ -51,8 +53,9 @@ int sp_worker_add_block(sp_worker *w, uint32_t block, uint8_t *base, int fd);
 
 /* Runs until stopped or broken: SP_STOPPED, SP_SYS (err, err_bit). */
 sp_status sp_worker_place(sp_worker *w);
-/* From now on pages that are here may be made visible to guests (`continue` maps them ahead). */
-void sp_worker_listen(sp_worker *w);
+/* From now on pages that are here may be made visible to guests (`continue` maps them ahead), and
+ * missing ones are asked for on the wire `back_fd` (-1: through the ring). */
+void sp_worker_listen(sp_worker *w, int back_fd);
 /* Runs until the guest or the worker is stopped: SP_STOPPED, SP_SYS (guest broken), SP_EOF. */
 sp_status sp_worker_faults(sp_worker *w, uint32_t guest, int *err, uint64_t *err_addr);
 void sp_worker_stop(sp_worker *w);
