@@ -11,6 +11,7 @@ from sharded_pc.errors import ExitCode, UsageError
 MAX_BATCH = 64
 MAX_THREADS = 64
 MAX_WORKERS = 64
+MAX_PAUSE_SECONDS = 60.0
 STRIPE_BYTES = 2 << 20
 
 
@@ -36,6 +37,10 @@ def _numbers(most: int):
 
 def _add_common(parser: argparse.ArgumentParser, size: str) -> None:
     parser.add_argument("--size", type=_size, default=size, help=f"of the RAM (default {size})")
+    _add_repeats(parser)
+
+
+def _add_repeats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=_numbers(MAX_WORKERS), default=(1, 2), metavar="N,...", help="default 1,2"
     )
@@ -85,16 +90,82 @@ class Fault:
         return _tell(args, fault, settings)
 
 
-def _tell(args: argparse.Namespace, bench, settings) -> int:
-    """Measures and prints; SIGTERM ends it in order as ^C does."""
-    from sharded_pc.bench.report import report, text
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MAX_PAUSE_SECONDS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected seconds from 0 to {MAX_PAUSE_SECONDS:g}"
+        )
+    return seconds
 
-    signals, told = _Signals(), report(args.bench, settings)
+
+def _words(*known: str):
+    """A type for 'unix,tcp'."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        found = tuple(text.split(","))
+        if len(set(found)) != len(found) or not set(found) <= set(known):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected some of {','.join(known)}")
+        return found
+
+    return parse
+
+
+class Replay:
+    """A recorded stream at full speed."""
+
+    name = "replay"
+    help = "throughput of a recorded postcopy stream, beside QEMU's own destination"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "recording", metavar="RECORDING",
+            help="from `receive --record FILE`; `python -m benchmarks.record` makes one",
+        )  # fmt: skip
+        parser.add_argument(
+            "--peer", choices=["qemu"], help="compare with it; its arguments are in RECORDING.json"
+        )
+        parser.add_argument(
+            "--placement", type=_words("copy", "continue"), default=("copy", "continue"),
+            metavar="HOW,...", help="default copy,continue",
+        )  # fmt: skip
+        parser.add_argument(
+            "--transport", type=_words("unix", "tcp"), default=("unix", "tcp"), metavar="HOW,...",
+            help="default unix,tcp",
+        )  # fmt: skip
+        parser.add_argument(
+            "--pause", type=_seconds, default=1.0, metavar="SECONDS",
+            help="the sender's rest after the set-up section, as precopy leaves time (default 1)",
+        )  # fmt: skip
+        _add_repeats(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        from sharded_pc.bench import replay
+
+        settings = replay.ReplaySettings(
+            args.recording, args.peer, args.workers, args.placement, args.transport, args.pause,
+            args.repeat,
+        )  # fmt: skip
+        return _tell(args, replay, settings, replay.text)
+
+
+def _tell(args: argparse.Namespace, bench, settings, text=None) -> int:
+    """Measures and prints; SIGTERM ends it in order as ^C does.  `text(told)` makes the table,
+    by default report.text with the bench's COLUMNS."""
+    from sharded_pc.bench import report as form
+
+    signals, told = _Signals(), form.report(args.bench, settings)
     try:
         told |= bench.run(settings)
     except KeyboardInterrupt:
         return 128 + signals.number
-    print(json.dumps(told) if args.json else text(told, bench.COLUMNS), flush=True)
+    if args.json:
+        print(json.dumps(told), flush=True)
+    else:
+        print(text(told) if text else form.text(told, bench.COLUMNS), flush=True)
     return int(ExitCode.COMPLETED)
 
 
@@ -110,14 +181,14 @@ class _Signals:
         signal.raise_signal(signal.SIGINT)
 
 
-BENCHES = (Place, Fault)
+BENCHES = (Place, Fault, Replay)
 
 
 class Bench:
     """Measurements on this machine."""
 
     name = "bench"
-    help = "measure placement and faults beside a bare C loop: table or --json"
+    help = "measure placement, faults and whole streams beside what there is to compare"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         words = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")
@@ -127,7 +198,7 @@ class Bench:
             sub.set_defaults(run_bench=bench.run)
 
     def run(self, args: argparse.Namespace) -> int:
-        if args.size < max(args.workers) * STRIPE_BYTES:
+        if "size" in args and args.size < max(args.workers) * STRIPE_BYTES:
             raise UsageError(
                 f"--size: at least {max(args.workers) * STRIPE_BYTES >> 20}M, "
                 f"a stripe for each of {max(args.workers)} workers"
