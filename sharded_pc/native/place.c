@@ -178,9 +178,15 @@ static int hurry(sp_worker *w, bool *any)
 static bool join(const sp_worker *w, sp_desc *d, const sp_desc *next)
 {
     if (!next || next->kind != d->kind || next->block != d->block || d->kind == SP_DESC_DISCARD ||
-        next->first_page != d->first_page + d->pages || d->pages + next->pages > 64)
+        next->first_page != d->first_page + d->pages)
         return false;
-    if (w->control->placement == SP_PLACE_COPY && d->kind == SP_DESC_PAGES &&
+    if (w->control->placement == SP_PLACE_CONTINUE) {
+        d->pages += next->pages;
+        return true;
+    }
+    if (d->pages + next->pages > 64)
+        return false;
+    if (d->kind == SP_DESC_PAGES &&
         (next->slot != d->slot + d->pages || next->slot % SP_POOL_SLOTS == 0))
         return false;
     d->pages += next->pages;

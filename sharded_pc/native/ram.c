@@ -218,10 +218,13 @@ static sp_status step(sp_ram *r)
 sp_status sp_ram_records(sp_ram *r)
 {
     sp_status st;
+    r->stream->before_wait = sp_route_quiet;
+    r->stream->before_wait_arg = r;
     do {
         /* A wire that is never empty never polls the stop switch. */
         st = atomic_load_explicit(r->stop, memory_order_relaxed) ? SP_STOPPED : step(r);
     } while (st == SP_OK);
+    r->stream->before_wait = NULL;
     if (st == SP_STOPPED || st == SP_SYS || st == SP_SHARD_FAILED)
         return st;
     /* Whatever ended the records: pages that came before it are good. */

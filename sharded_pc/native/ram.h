@@ -49,6 +49,7 @@ typedef struct sp_ram {
     int trashed;                    /* dst is `trash`: a second arrival (`continue`) */
     unsigned guess;                 /* pages the next scattered read hopes for */
 
+    uint64_t unrung;                /* bit n: shard n has work and was not told (`continue`) */
     sp_desc run;                    /* pages or zeros not handed to the ring yet */
     uint32_t run_shard;
 
@@ -95,6 +96,9 @@ uint8_t *sp_straight_page(sp_ram *r); /* where the current page's payload lands 
 uint64_t sp_straight_bet(sp_ram *r, uint64_t first, uint64_t most);
 /* Buffered payload of the current page; `got` grows. */
 sp_status sp_straight_store(sp_ram *r, const uint8_t *bytes, size_t n);
+/* The current page and those behind it that stand whole in the buffer, as the next bet would have
+ * them, written by one call.  *pages of them are taken off the buffer, 0: none. */
+sp_status sp_straight_gather(sp_ram *r, uint64_t *pages);
 /* Makes pages that are not received read as zeros. */
 sp_status sp_straight_zeros(sp_ram *r, uint32_t block, uint64_t page, uint64_t pages);
 
@@ -103,6 +107,8 @@ sp_status sp_route_payload(sp_ram *r);             /* goes on with the current p
 sp_status sp_route_ahead(sp_ram *r);               /* reads what probably comes next */
 sp_status sp_route_zero(sp_ram *r, uint64_t page);
 sp_status sp_route_flush(sp_ram *r);
+/* The wire is quiet: tells the shards (arg: the sp_ram) what they were not told yet. */
+void sp_route_quiet(void *arg);
 /* Hands a discard of whole pages to every shard it touches. */
 sp_status sp_route_discard(sp_ram *r, uint32_t block, uint64_t first_page, uint64_t pages);
 /* Waits until every shard has emptied its background ring (discards and pages done). */

@@ -12,7 +12,9 @@
 
 #include "ram.h"
 
-enum { WAIT_MS = 100 };
+enum { WAIT_MS = 100, LAZY_DESCRIPTORS = 8 };
+
+static_assert(SP_MAX_SHARDS <= 64, "one bit for each shard");
 
 static sp_shard *shard(sp_ram *r, uint32_t index)
 {
@@ -125,6 +127,29 @@ static sp_status arrive(sp_ram *r, const sp_desc *run)
     return SP_OK;
 }
 
+void sp_route_quiet(void *arg)
+{
+    sp_ram *r = arg;
+    for (; r->unrung; r->unrung &= r->unrung - 1)
+        sp_bell_ring(&shard(r, (uint32_t)__builtin_ctzll(r->unrung))->work);
+}
+
+/* With `copy` the worker's work holds tmp pages and whatever a guest waits for.  With `continue`
+ * nobody waits for it, so a sleeping worker is woken for a good deal of it, or when the wire is
+ * quiet: a wake-up costs as much as mapping some dozens of pages. */
+static void ring(sp_ram *r, uint32_t index)
+{
+    sp_shard *s = shard(r, index);
+    uint64_t queued = atomic_load_explicit(&s->background.head, memory_order_relaxed) -
+                      atomic_load_explicit(&s->background.tail, memory_order_relaxed);
+    if (r->written && queued < LAZY_DESCRIPTORS) {
+        r->unrung |= 1ULL << index;
+        return;
+    }
+    r->unrung &= ~(1ULL << index);
+    sp_bell_ring(&s->work);
+}
+
 sp_status sp_route_flush(sp_ram *r)
 {
     if (r->run.pages == 0)
@@ -140,7 +165,7 @@ sp_status sp_route_flush(sp_ram *r)
         sp_count(&r->control->totals.normal, r->run.pages);
     r->run.pages = 0;
     if (r->postcopy)
-        sp_bell_ring(&shard(r, r->run_shard)->work);
+        ring(r, r->run_shard);
     return SP_OK;
 }
 
@@ -210,6 +235,17 @@ static sp_status commit(sp_ram *r, uint32_t index)
         return SP_OK;
     }
     return add(r, index, &one);
+}
+
+/* The current page and those behind it. */
+static sp_status commit_gathered(sp_ram *r, uint32_t index, uint64_t pages)
+{
+    sp_status st = commit(r, index);
+    for (uint64_t i = 1; st == SP_OK && i < pages; i++) {
+        r->page++;
+        st = commit(r, index);
+    }
+    return st;
 }
 
 static uint64_t swapped(uint64_t v)
@@ -368,6 +404,11 @@ sp_status sp_route_payload(sp_ram *r)
     sp_status st = settle_page(r, index);
     if (st != SP_OK)
         return st;
+    uint64_t pages = 0;
+    if (r->written && (st = sp_straight_gather(r, &pages)) != SP_OK)
+        return st;
+    if (pages)
+        return commit_gathered(r, index, pages);
     size_t n = SP_PAGE_BYTES - r->got, have = sp_stream_unread(s);
     if (have == 0)
         return sp_route_ahead(r);
@@ -407,6 +448,7 @@ sp_status sp_route_discard(sp_ram *r, uint32_t block, uint64_t first_page, uint6
 sp_status sp_route_drain(sp_ram *r)
 {
     sp_status st = sp_route_flush(r);
+    sp_route_quiet(r);
     for (uint32_t i = 0; st == SP_OK && i < r->control->n_shards; i++) {
         st = await(r, i, is_idle);
         if (st == SP_OK && atomic_load(&shard(r, i)->failed)) {

@@ -11,6 +11,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -62,6 +63,42 @@ sp_status sp_straight_store(sp_ram *r, const uint8_t *bytes, size_t n)
         n -= (size_t)w;
         r->got += (size_t)w;
     }
+    return SP_OK;
+}
+
+/* How many of at most `most` pages stand whole in the buffer, each behind the expected header. */
+static uint64_t whole_pages(const sp_ram *r, uint64_t most)
+{
+    const sp_stream *s = r->stream;
+    size_t at = s->pos + SP_PAGE_BYTES;
+    uint64_t n = 1;
+    for (; n < most && at + 8 + SP_PAGE_BYTES <= s->end; n++, at += 8 + SP_PAGE_BYTES) {
+        uint64_t header;
+        memcpy(&header, s->buf + at, 8);
+        if (__builtin_bswap64(header) != ((r->page + n) * SP_PAGE_BYTES | SP_RAM_PAGE | SP_RAM_CONTINUE))
+            break;
+    }
+    return n;
+}
+
+sp_status sp_straight_gather(sp_ram *r, uint64_t *pages)
+{
+    sp_stream *s = r->stream;
+    struct iovec iov[SP_GUESS];
+    *pages = 0;
+    if (r->trashed || r->got || sp_stream_unread(s) < SP_PAGE_BYTES)
+        return SP_OK;
+    uint64_t most = sp_stripe_rest(r->control, &r->control->blocks[r->block], r->page);
+    most = sp_straight_bet(r, r->page, most < SP_GUESS ? most : SP_GUESS);
+    uint64_t n = most ? whole_pages(r, most) : 0;
+    for (uint64_t i = 0; i < n; i++)
+        iov[i] = (struct iovec){s->buf + s->pos + i * (8 + SP_PAGE_BYTES), SP_PAGE_BYTES};
+    ssize_t w = n < 2 ? 0 : pwritev(r->block_fd[r->block], iov, (int)n, (off_t)(r->page * SP_PAGE_BYTES));
+    if (w < 0 && errno != EINTR)
+        return failed(r, errno);
+    *pages = w > 0 ? (uint64_t)w / SP_PAGE_BYTES : 0; /* a part of a page is written again */
+    if (*pages)
+        s->pos += *pages * (8 + SP_PAGE_BYTES) - 8;
     return SP_OK;
 }
 

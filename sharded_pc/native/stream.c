@@ -81,6 +81,8 @@ static sp_status read_wire(sp_stream *s, struct iovec *iov, int n_iov, size_t *g
             return SP_EOF;
         if (errno != EAGAIN)
             return failed(s, errno);
+        if (s->before_wait)
+            s->before_wait(s->before_wait_arg);
         sp_status st = wait_readable(s, timeout_ms);
         if (st != SP_OK)
             return st;

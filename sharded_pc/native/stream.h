@@ -20,6 +20,8 @@ typedef struct sp_stream {
     int stop_fd;   /* readable when the loop shall end; -1: none */
     int record_fd; /* -1: none */
     int err;       /* errno after SP_SYS */
+    void (*before_wait)(void *); /* called when the wire is quiet, before the reader sleeps; or NULL */
+    void *before_wait_arg;
     size_t pos, end;   /* unread bytes of buf */
     uint64_t total;    /* bytes taken off the wire */
     uint8_t buf[SP_STREAM_BUFFER];
