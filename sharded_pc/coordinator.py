@@ -16,6 +16,7 @@ import shutil
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -39,8 +40,9 @@ from sharded_pc.native.alias import Alias
 from sharded_pc.native.guests import Guests
 from sharded_pc.native.ram import Stop
 from sharded_pc.native.return_path import ReturnPath
+from sharded_pc.observe.memory import huge_bytes
 from sharded_pc.observe.qmp import QmpServer
-from sharded_pc.observe.status import migration_info
+from sharded_pc.observe.status import is_over, migration_info
 from sharded_pc.populate import Populator
 from sharded_pc.shards import Shards
 from sharded_pc.state import MigrationStatus
@@ -54,6 +56,10 @@ log = logging.getLogger(__name__)
 
 LAST_WORD_SECONDS = 2.0
 """How long control clients that are connected when the migration ends may ask how it ended."""
+
+
+SETTLE_SECONDS = 2.0
+"""How long the report of a migration into huge pages waits for guests to map them whole."""
 
 
 def runtime_path(name: str, what: str) -> str:
@@ -286,8 +292,8 @@ class Coordinator:
             raise
         finally:
             await self._end_return_path()
-        if self._attach is not None:
-            await self._attach.completed()
+        await self.release_guests()
+        await self._settle_huge_pages()
 
     async def _refuse_second_connection(self) -> None:
         """Multifd (and 7.2's postcopy-preempt) opens its channels first of all; the source would
@@ -394,7 +400,9 @@ class Coordinator:
         """As `query-migrate`."""
         received = self.memory.received_pages() if self.memory.geometry else []
         error = str(self.error) if self.error else None
-        return migration_info(self.memory.name, self.memory.control, received, error)
+        over = is_over(self.memory.control.status)
+        huge = self._huge_pages() if over else None
+        return migration_info(self.memory.name, self.memory.control, received, error, huge)
 
     def status_changed(self, status: MigrationStatus) -> None:
         if self._qmp is not None:
@@ -491,7 +499,29 @@ class Coordinator:
     async def release_guests(self) -> None:
         """All pages are here: guests run on plain shared memory from now on."""
         if self._attach is not None:
-            await self._attach.completed()
+            await self._attach.completed(huge_pages=self._huge_bytes(os.getpid()) > 0)
+
+    def _huge_bytes(self, pid: int) -> int:
+        return huge_bytes(pid, [os.fstat(block.fd).st_ino for block in self.memory.blocks])
+
+    def _huge_pages(self) -> dict[str, int] | None:
+        """Bytes of RAM that the receiver, and its guests together, have mapped by huge pages; None
+        where it does not map the RAM (`copy`)."""
+        if not self._populator.aliases:
+            return None
+        guests = self._attach.pids if self._attach is not None else ()
+        return {
+            "receiver": self._huge_bytes(os.getpid()),
+            "guests": sum(map(self._huge_bytes, guests)),
+        }
+
+    async def _settle_huge_pages(self) -> None:
+        """Gives guests a moment to map huge pages whole, so that the report can tell."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while (huge := self._huge_pages()) and time.monotonic() < deadline:
+            if self._attach is None or not self._attach.pids or huge["guests"] >= huge["receiver"]:
+                return
+            await asyncio.sleep(0.02)
 
     # What the attach server asks for
 

@@ -27,6 +27,8 @@ _REFUSED_DEVICES = {
     "vfio-pci": "a passed-through device cannot wait for a page",
     "virtio-mem-pci": "its plugged memory is not in the stream",
 }
+HUGE_BYTES = 2 << 20
+
 _VALUED = ("-m", "-machine", "-M", "-object", "-numa", "-incoming", "-overcommit", "-device")
 _UNITS = {"B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -191,9 +193,10 @@ def _match(id_: str, size: int, free: list[RamBlock], what: str) -> RamBlock:
 
 
 def _file_backend(id_: str, size: int, path: str) -> str:
-    return join_options(
-        {"": "memory-backend-file", "id": id_, "size": f"{size}B", "mem-path": path, "share": "on"}
-    )
+    options = {"": "memory-backend-file", "id": id_, "size": f"{size}B", "mem-path": path}
+    if size >= HUGE_BYTES:  # else QEMU maps it where no huge page fits
+        options["align"] = f"{HUGE_BYTES}B"
+    return join_options({**options, "share": "on"})
 
 
 def check_arguments(arguments: Sequence[str]) -> None:

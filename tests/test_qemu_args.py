@@ -22,7 +22,7 @@ def plan(text: str, blocks=ONE) -> qemu_args.Plan:
 
 def backend(id_: str, mib: int, block: str | None = None) -> str:
     path = f"/dev/shm/g.{block or id_}"
-    return f"memory-backend-file,id={id_},size={mib * MIB}B,mem-path={path},share=on"
+    return f"memory-backend-file,id={id_},size={mib * MIB}B,mem-path={path},align=2097152B,share=on"
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,16 @@ class Guest:
             raise AttachError(f"the receiver refused: {_reason(message)}")
         if message["event"] == protocol.FAILED:
             raise AttachError(f"the migration failed: {message.get('desc')}")
+        if message.get("huge-pages"):
+            self._collapse()
         return message["event"]
+
+    def _collapse(self) -> None:
+        """The memory stands on huge pages, but was mapped page by page as it came: maps them
+        whole."""
+        for segment in self._segments:
+            with contextlib.suppress(OSError):  # EINVAL: too small, or not where one fits
+                segment.map.madvise(MADV_COLLAPSE)
 
     def close(self) -> None:
         """Unmaps the RAM.  BufferError while views of it (slices, arrays) are still in use."""
@@ -101,6 +110,9 @@ class Guest:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+
+MADV_COLLAPSE = 25
+"""Linux 6.1; the mmap module does not name it"""
 
 _EVENTS = (protocol.READY, protocol.COMPLETED, protocol.FAILED)
 

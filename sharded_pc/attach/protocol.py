@@ -12,7 +12,8 @@ C     {"mappings": {"addresses": {NAME: ADDRESS}}}             one userfaultfd f
                                                                shard, in order
 R     {"attached": {"guest": N}}
 R     {"event": "READY"}                                       memory may be touched
-R     {"event": "COMPLETED"}                                   all is here, nothing registered
+R     {"event": "COMPLETED", ["huge-pages": true]}             all is here, nothing registered;
+                                                               the RAM stands on huge pages
 ====  =======================================================  ===========================
 
 The geometry comes once the source has sent its block list; READY once faults are answered (or the
@@ -78,6 +79,10 @@ def mappings(addresses: dict[str, int]) -> dict:
 
 def error(text: str) -> dict:
     return {"error": {"desc": text}}
+
+
+def completed(*, huge_pages: bool) -> dict:
+    return {"event": COMPLETED, "huge-pages": True} if huge_pages else {"event": COMPLETED}
 
 
 def event(word: str, desc: str | None = None) -> dict:

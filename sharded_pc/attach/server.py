@@ -73,9 +73,14 @@ class AttachServer:
         """Faults are answered from now on."""
         self._ready.set()
 
-    async def completed(self) -> None:
+    async def completed(self, *, huge_pages: bool = False) -> None:
         """Every page is here: releases all guests and tells them."""
-        await self._end(protocol.event(protocol.COMPLETED), release=True)
+        await self._end(protocol.completed(huge_pages=huge_pages), release=True)
+
+    @property
+    def pids(self) -> frozenset[int]:
+        """Processes that have finished the hand-over, now or before."""
+        return frozenset(self._pids)
 
     async def failed(self, text: str) -> None:
         """Missing pages will not come from this receiver."""

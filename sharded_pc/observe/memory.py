@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 
 _FIELDS = {"VmHWM": "peak-rss", "RssAnon": "anonymous", "VmPTE": "page-tables"}
@@ -21,3 +22,20 @@ def process_memory(pid: int) -> dict[str, int] | None:
         if (name := first.rstrip(":")) in _FIELDS
     }
     return sizes or None  # a process that has ended has a status without memory
+
+
+def huge_bytes(pid: int, inodes: Container[int]) -> int:
+    """Bytes of these shared-memory files that the process has mapped by huge pages (proc(5), smaps:
+    ShmemPmdMapped); 0 if it is gone or may not be looked at."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps").read_text(errors="replace").splitlines()
+    except OSError:
+        return 0
+    ours, found = False, 0
+    for line in lines:
+        first, *rest = line.split()
+        if "-" in first:  # START-END FLAGS OFFSET DEVICE INODE PATH
+            ours = int(rest[3]) in inodes
+        elif ours and first == "ShmemPmdMapped:":
+            found += int(rest[0]) << 10
+    return found

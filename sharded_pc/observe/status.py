@@ -80,9 +80,14 @@ def mean_latency_ns(shards: list[ShardCounters]) -> int:
 
 
 def migration_info(
-    name: str, control: Control, received: list[int], error: str | None = None
+    name: str,
+    control: Control,
+    received: list[int],
+    error: str | None = None,
+    huge: dict | None = None,
 ) -> dict:
-    """`received` is the number of pages received for each block, [] before the block list."""
+    """`received` is the number of pages received for each block, [] before the block list; `huge`
+    how much of the RAM is mapped by huge pages, if the receiver knows."""
     totals, shards, ram = control.totals, control.shards(), control.geometry
     ended = totals.ended_ns or (now_ns() if totals.started_ns else 0)
     return {
@@ -104,6 +109,7 @@ def migration_info(
             "spills": totals.spills,
             "stripe-size": ram.stripe_bytes if ram else None,
             "memory": process_memory(control.view.owner),
+            "huge-pages": huge,
             "shards": [shard_info(i, shard) for i, shard in enumerate(shards)],
         },
     }

@@ -296,7 +296,9 @@ static bool on_message(reader *r, sp_text key, void *into)
         return take_event(r, message);
     if (is(key, "desc"))
         return take_string(r, &message->desc);
-    if (is(key, "attached")) {
+    if (is(key, "huge-pages")) {
+        message->huge = next(r) == 't';
+    } else if (is(key, "attached")) {
         message->kind = SP_SAYS_ATTACHED;
     } else if (is(key, "error")) {
         message->kind = SP_SAYS_ERROR;
@@ -313,6 +315,7 @@ int sp_message_parse(const char *buf, size_t len, sp_message *message)
     reader r = {buf, buf + len};
     message->kind = SP_SAYS_OTHER;
     message->desc = (sp_text){"", 0};
+    message->huge = 0;
     message->offer = (sp_offer){.mode = SP_MODE_UNKNOWN};
     return take_members(&r, on_message, message) && next(&r) == '\0' && r.at == r.end ? 0 : -1;
 }

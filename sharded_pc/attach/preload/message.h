@@ -50,6 +50,7 @@ typedef enum sp_kind {
 typedef struct sp_message {
     sp_kind kind;
     sp_text desc;   /* of an error or FAILED */
+    int huge;       /* of COMPLETED: the memory stands on huge pages */
     sp_offer offer; /* of a geometry */
 } sp_message;
 
