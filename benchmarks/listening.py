@@ -45,8 +45,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sharded-pc-listening-") as folder:
         took = [once(Path(folder), args.workers) for _ in range(args.repeat)]
     least, greatest = min(took), max(took)
+    median = statistics.median(took)
     print(
-        f"{args.workers} workers, {args.repeat} times: {statistics.median(took):.3f} s ({spread})"
+        f"{args.workers} workers, {args.repeat} times: {median:.3f} s ({least:.3f}..{greatest:.3f})"
     )
 
 

@@ -67,8 +67,9 @@ class QemuPeer:
     """A QEMU that waits for a migration with its guest stopped; a context manager, ends killed.
 
     `arguments` is its command line, program first, as the source's but without -incoming, -S and
-    -qmp.  Its files stand in `folder`, whose path must be short enough for sockets.  HostError if
-    it cannot be started, GuestLost whenever it has ended or refuses.
+    -qmp; without `incoming` it waits for nothing and can be a source.  Its files stand in `folder`,
+    whose path must be short enough for sockets.  HostError if it cannot be started, GuestLost
+    whenever it has ended or refuses.
     """
 
     def __init__(
@@ -78,10 +79,12 @@ class QemuPeer:
         *,
         name: str = "qemu",
         stopped: bool = True,
+        incoming: bool = True,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._monitor, self._stderr = folder / f"{name}.qmp", folder / f"{name}.stderr"
-        self._command = [*arguments, "-incoming", "defer", *(["-S"] if stopped else [])]
+        self._command = [*arguments, *(["-incoming", "defer"] if incoming else [])]
+        self._command += ["-S"] if stopped else []
         self._command += ["-qmp", f"unix:{self._monitor},server=on,wait=off"]
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None

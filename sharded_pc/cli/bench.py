@@ -70,26 +70,6 @@ class Place:
         return _tell(args, place, settings)
 
 
-class Fault:
-    """Fault latency and rate."""
-
-    name = "fault"
-    help = "time from a guest's fault to its resumption, by workers and guest threads"
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        _add_common(parser, "128M")
-        parser.add_argument(
-            "--threads", type=_numbers(MAX_THREADS), default=(1, 2), metavar="N,...",
-            help="of the guest (default 1,2)",
-        )  # fmt: skip
-
-    def run(self, args: argparse.Namespace) -> int:
-        from sharded_pc.bench import fault
-
-        settings = fault.FaultSettings(args.size, args.workers, args.threads, args.repeat)
-        return _tell(args, fault, settings)
-
-
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -112,6 +92,48 @@ def _words(*known: str):
         return found
 
     return parse
+
+
+class Fault:
+    """Fault latency and rate."""
+
+    name = "fault"
+    help = "time from a guest's fault to its resumption, by workers and guest threads"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        _add_common(parser, "128M")
+        parser.add_argument(
+            "--threads", type=_numbers(MAX_THREADS), metavar="N,...",
+            help="of the guest (default 1,2)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--peer", choices=["qemu"],
+            help="a real guest on demand paging alone, beside QEMU's own destination",
+        )  # fmt: skip
+        parser.add_argument(
+            "--placement", type=_words("copy", "continue"), metavar="HOW,...",
+            help="with --peer (default copy,continue)",
+        )  # fmt: skip
+
+    def run(self, args: argparse.Namespace) -> int:
+        if args.peer:
+            return self._beside(args)
+        if args.placement:
+            raise UsageError("--placement goes with --peer")
+        from sharded_pc.bench import fault
+
+        threads = args.threads or (1, 2)
+        settings = fault.FaultSettings(args.size, args.workers, threads, args.repeat)
+        return _tell(args, fault, settings)
+
+    def _beside(self, args: argparse.Namespace) -> int:
+        if args.threads:
+            raise UsageError("--threads: with --peer the guest has one processor")
+        from sharded_pc.bench import fault_peer
+
+        placements = args.placement or ("copy", "continue")
+        settings = fault_peer.PeerFaultSettings(args.size, args.workers, placements, args.repeat)
+        return _tell(args, fault_peer, settings, fault_peer.text)
 
 
 class Replay:

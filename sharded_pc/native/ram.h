@@ -50,6 +50,7 @@ typedef struct sp_ram {
     unsigned guess;                 /* pages the next scattered read hopes for */
 
     uint64_t unrung;                /* bit n: shard n has work and was not told (`continue`) */
+    uint64_t unfreed;               /* bit n: shard n only has tmp pages to free (`copy`) */
     sp_desc run;                    /* pages or zeros not handed to the ring yet */
     uint32_t run_shard;
 

@@ -55,11 +55,22 @@ static bool is_idle(sp_shard *s)
     return atomic_load(&s->background.head) == atomic_load(&s->background.tail);
 }
 
+/* Tells the shard what it was not told yet. */
+static void tell(sp_ram *r, uint32_t index)
+{
+    uint64_t bit = 1ULL << index;
+    if ((r->unrung | r->unfreed) & bit)
+        sp_bell_ring(&shard(r, index)->work);
+    r->unrung &= ~bit;
+    r->unfreed &= ~bit;
+}
+
 /* Back-pressure: sleeps until the shard's worker makes `ready` true, and the wire with it. */
 static sp_status await(sp_ram *r, uint32_t index, bool (*ready)(sp_shard *))
 {
     sp_shard *s = shard(r, index);
     while (!ready(s)) {
+        tell(r, index);
         uint32_t seen = sp_bell_prepare(&s->space);
         bool stop = atomic_load(r->stop), broken = atomic_load(&s->failed);
         if (stop || broken || ready(s)) {
@@ -87,25 +98,29 @@ static sp_status push(sp_ram *r, uint32_t index, const sp_desc *desc)
 
 /* A guest waits for this page: it gets it now, or the worker is told to hurry.  A full ring loses
  * nothing: the page stands in the background ring as well. */
-static void give(sp_ram *r, uint32_t index, const sp_desc *one)
+static bool give(sp_ram *r, uint32_t index, const sp_desc *one)
 {
     const uint8_t *src = one->kind == SP_DESC_PAGES ? tmp_page(r, index, one->slot) : NULL;
     if (r->guests && sp_guests_give(r->guests, r->received, one->block, one->first_page, src))
-        return;
+        return true;
     sp_ring_push(&shard(r, index)->urgent, one);
+    return false;
 }
 
-static void give_requested(sp_ram *r, uint32_t index, const sp_desc *run)
+/* True if every page of the run was given to whom it may concern. */
+static bool give_requested(sp_ram *r, uint32_t index, const sp_desc *run)
 {
+    uint64_t given = 0;
     uint64_t bit = r->control->blocks[run->block].first_bit + run->first_page;
     if (!sp_bits_any(r->requested, bit, run->pages))
-        return;
+        return false;
     for (uint64_t i = 0; i < run->pages; i++) {
         if (!sp_bit_test(r->requested, bit + i))
             continue;
         sp_desc one = {run->first_page + i, 1, run->slot + i, run->block, run->kind};
-        give(r, index, &one);
+        given += give(r, index, &one);
     }
+    return given == run->pages;
 }
 
 /* `continue`: the bytes are where they belong.  Zero pages that arrive again change nothing. */
@@ -130,8 +145,8 @@ static sp_status arrive(sp_ram *r, const sp_desc *run)
 void sp_route_quiet(void *arg)
 {
     sp_ram *r = arg;
-    for (; r->unrung; r->unrung &= r->unrung - 1)
-        sp_bell_ring(&shard(r, (uint32_t)__builtin_ctzll(r->unrung))->work);
+    while (r->unrung)
+        tell(r, (uint32_t)__builtin_ctzll(r->unrung));
 }
 
 /* With `copy` the worker's work holds tmp pages and whatever a guest waits for.  With `continue`
@@ -146,8 +161,27 @@ static void ring(sp_ram *r, uint32_t index)
         r->unrung |= 1ULL << index;
         return;
     }
-    r->unrung &= ~(1ULL << index);
-    sp_bell_ring(&s->work);
+    r->unrung |= 1ULL << index;
+    tell(r, index);
+}
+
+/* Hands a run on to its shard, whose guests may have it already (`given`): then no worker is woken,
+ * for it would only free tmp pages, or do nothing at all. */
+static sp_status hand_on(sp_ram *r, const sp_desc *run, uint32_t index, bool given)
+{
+    sp_counters *n = &shard(r, index)->counters;
+    if (given && r->written) {
+        sp_count(run->kind == SP_DESC_ZERO ? &n->zero_pages : &n->pages, run->pages);
+        return SP_OK;
+    }
+    sp_status st = push(r, index, run);
+    if (st != SP_OK)
+        return st;
+    if (given)
+        r->unfreed |= 1ULL << index;
+    else
+        ring(r, index);
+    return SP_OK;
 }
 
 sp_status sp_route_flush(sp_ram *r)
@@ -155,17 +189,13 @@ sp_status sp_route_flush(sp_ram *r)
     if (r->run.pages == 0)
         return SP_OK;
     sp_status st = r->written ? arrive(r, &r->run) : SP_OK;
-    if (st == SP_OK && r->postcopy) {
-        give_requested(r, r->run_shard, &r->run);
-        st = push(r, r->run_shard, &r->run);
-    }
+    if (st == SP_OK && r->postcopy)
+        st = hand_on(r, &r->run, r->run_shard, give_requested(r, r->run_shard, &r->run));
     if (st != SP_OK)
         return st;
     if (r->run.kind == SP_DESC_PAGES)
         sp_count(&r->control->totals.normal, r->run.pages);
     r->run.pages = 0;
-    if (r->postcopy)
-        ring(r, r->run_shard);
     return SP_OK;
 }
 

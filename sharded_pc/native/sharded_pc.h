@@ -8,6 +8,7 @@
 #include "floor.h"
 #include "guests.h"
 #include "oracle.h"
+#include "page_service.h"
 #include "ram.h"
 #include "records.h"
 #include "return_path.h"
