@@ -309,9 +309,9 @@ class Incoming:
         except KeyError:
             raise RemoteProtocolError(f"discard in unknown block {event.block!r}") from None
         block = self._memory.geometry.blocks[index]
-        for start, length in event.ranges:
-            _check_discard(block, start, length)
-            self._ram.discard(index, start // PAGE_BYTES, length // PAGE_BYTES)
+        bad = self._ram.discards(index, event.ranges)
+        if bad is not None:
+            raise _bad_discard(block, *event.ranges[bad])
 
     def _packaged(self, event: events.Packaged) -> None:
         if self._ram is None:
@@ -401,14 +401,13 @@ def _nothing(event: object) -> None:
     pass
 
 
-def _check_discard(block: RamBlock, start: int, length: int) -> None:
+def _bad_discard(block: RamBlock, start: int, length: int) -> RemoteProtocolError:
     if start % PAGE_BYTES or length % PAGE_BYTES or length == 0:
-        raise RemoteProtocolError(
+        return RemoteProtocolError(
             f"discard of {length:#x} bytes at {start:#x} in block {block.name!r} is not whole "
             f"{PAGE_BYTES}-byte pages"
         )
-    if start + length > block.size:
-        raise RemoteProtocolError(
-            f"discard of {length:#x} bytes at {start:#x} outside block {block.name!r} of "
-            f"{block.size:#x} bytes"
-        )
+    return RemoteProtocolError(
+        f"discard of {length:#x} bytes at {start:#x} outside block {block.name!r} of "
+        f"{block.size:#x} bytes"
+    )

@@ -11,6 +11,7 @@
 #include "ram.h"
 #include "records.h"
 
+enum { STUCK_MS = 30000 };
 enum { MSG_REQ_PAGES_ID = 3, MSG_REQ_PAGES = 4, LAST_MSG = 7 };
 enum { HEAD = 4, WHERE = 12, LARGEST_PAYLOAD = 512 };
 enum { RECORD_ROOM = SP_RECORDS_ROOM(1) };
@@ -70,9 +71,13 @@ static sp_status write_all(sp_page_service *s, const uint8_t *src, size_t len)
     while (len) {
         ssize_t n = send(s->fd, src, len, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (n < 0 && errno == EAGAIN) {
-            /* Half a record is out, so only the stop switch may end this. */
-            sp_status status = wait_for(s, POLLOUT, -1);
-            if (status != SP_OK && status != SP_AGAIN)
+            /* Half a record is out: a destination that takes nothing for so long has failed. */
+            sp_status status = wait_for(s, POLLOUT, STUCK_MS);
+            if (status == SP_AGAIN) {
+                errno = ETIMEDOUT;
+                return failed(s);
+            }
+            if (status != SP_OK)
                 return status;
         } else if (n < 0 && errno != EINTR) {
             return failed(s);

@@ -112,6 +112,10 @@ sp_status sp_route_flush(sp_ram *r);
 void sp_route_quiet(void *arg);
 /* Hands a discard of whole pages to every shard it touches. */
 sp_status sp_route_discard(sp_ram *r, uint32_t block, uint64_t first_page, uint64_t pages);
+/* Checks and discards n ranges, (start, length) in bytes each, in order.  SP_OUTSIDE_BLOCK: *bad is
+ * the first one that is not whole pages of the block; those before it are discarded. */
+sp_status sp_route_discards(sp_ram *r, uint32_t block, const uint64_t *ranges, size_t n,
+                            size_t *bad);
 /* Waits until every shard has emptied its background ring (discards and pages done). */
 sp_status sp_route_drain(sp_ram *r);
 /* Takes one record header; a PAGE leaves `in_page` set. */
