@@ -340,6 +340,7 @@ class Incoming:
         self.devices = event.data
         self._control.note_stopped()
         self._ram.drain()
+        self._ram.clear_unsent()
         self._receiver.placed()
         self._loading = self._receiver.load_devices(event.data)
         if self._loading is not None:

@@ -37,7 +37,7 @@ def build(program: Path, sanitizer: tuple[str, ...], sources: tuple[str, ...]) -
 
 def test_undefined_behaviour_and_memory(tmp_path: Path) -> None:
     """Every suite under the address and the undefined-behaviour sanitizer, leaks included."""
-    sources = ("test_core", "world", "shared", "stream", "pages", "return_path")
+    sources = ("test_core", "world", "shared", "stream", "pages", "straight", "return_path")
     run([build(tmp_path / "test_core", ADDRESS, sources)])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sharded_pc.attach import protocol
 from sharded_pc.attach.mappings import check_mapped
-from sharded_pc.errors import AttachError, ShardedPcError, ShardError
+from sharded_pc.errors import AttachError, HostError, ShardedPcError, ShardError
 from sharded_pc.geometry import Geometry
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.control import MAX_GUESTS
@@ -63,6 +63,8 @@ class AttachServer:
         self._pids: set[int] = set()
         """processes that have finished the hand-over, now or before"""
         self._free = list(range(MAX_GUESTS))
+        self._admission = asyncio.Lock()
+        """of the workers' learning of a guest: nothing ends in the middle of it"""
         self._clients: set[asyncio.Task] = set()
         self._accepting = asyncio.create_task(self._accept())
 
@@ -91,8 +93,9 @@ class AttachServer:
             return
         self._last_word = word
         self._over.set()
-        for slot in list(self._guests):
-            await self._forget(slot, release=release)
+        async with self._admission:  # one that is being admitted is let go by its own task
+            for slot in list(self._guests):
+                await self._forget(slot, release=release)
         self._geometry.set()
         self._ready.set()
 
@@ -188,7 +191,8 @@ class AttachServer:
         addresses: list[int],
         mode: str,
     ) -> None:
-        slot = await self._admit(client, inbox.take_fds(), ram, addresses, mode)
+        async with self._admission:
+            slot = await self._admit(client, inbox.take_fds(), ram, addresses, mode)
         try:
             await self._follow(client, slot)
         finally:
@@ -217,7 +221,7 @@ class AttachServer:
             self._broken.pop(slot, None)
             try:
                 await self._add(slot, addresses, protocol.MODES[mode], uffds)
-            except ShardError as error:
+            except (ShardError, HostError, OSError) as error:
                 await self._drop(slot, False)
                 self._free.append(slot)
                 raise AttachError(str(error)) from None

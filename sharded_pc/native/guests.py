@@ -25,8 +25,14 @@ class Guests:
 
     def add(self, slot: int, uffds: Sequence[int], addresses: Sequence[int]) -> None:
         """`uffds`: one for each shard, copied; `addresses`: one for each block, 0: not mapped."""
-        own = [os.dup(fd) for fd in uffds]
-        ensure(lib.sp_guests_add(self.raw, slot, own, list(addresses)), f"add guest {slot}")
+        own: list[int] = []
+        try:
+            own += (os.dup(fd) for fd in uffds)
+            ensure(lib.sp_guests_add(self.raw, slot, own, list(addresses)), f"add guest {slot}")
+        except BaseException:
+            for fd in own:
+                os.close(fd)
+            raise
         self._uffds[slot] = own
 
     def drop(self, slot: int) -> None:

@@ -52,6 +52,12 @@ static bool is_gone(int err)
     return err == ENOENT || err == ESRCH;
 }
 
+static bool has_data(const sp_window *at, uint64_t page)
+{
+    off_t from = (off_t)(page * SP_PAGE_BYTES);
+    return lseek(at->fd, from, SEEK_DATA) == from;
+}
+
 bool sp_map_waited(const sp_window *at, uint64_t page, uint64_t pages, int *err)
 {
     uint64_t addr = address(at, page);
@@ -62,18 +68,16 @@ bool sp_map_waited(const sp_window *at, uint64_t page, uint64_t pages, int *err)
             return true;
         if (fill == SP_FILL_PRESENT)
             return sp_uffd_wake(at->uffd, addr, SP_PAGE_BYTES), true;
-        if (fill == SP_FILL_FAILED) {
-            if (res.err != EFAULT)
-                return true; /* unmapped or dying: nobody waits there */
+        if (fill == SP_FILL_FAILED && res.err == EFAULT)
             fill = sp_uffd_zeropage(at->uffd, addr, SP_PAGE_BYTES, 1, &res);
-            if (fill == SP_FILL_DONE)
-                return true;
-            if (fill == SP_FILL_FAILED && !is_gone(res.err)) {
-                *err = res.err;
-                return false;
-            }
-        }
+        if (fill == SP_FILL_DONE || (fill == SP_FILL_FAILED && is_gone(res.err)))
+            return true; /* gone: unmapped or dying, nobody waits there */
+        *err = fill == SP_FILL_FAILED ? res.err : 0;
+        /* Memory may be full because another guest just filled the hole: then it is none any more. */
+        if (*err && !has_data(at, page))
+            return false;
         sched_yield(); /* the address space is changing, or another guest just filled the hole */
     }
-    return true;
+    sp_uffd_wake(at->uffd, addr, SP_PAGE_BYTES); /* the waiter asks again */
+    return *err == 0;
 }

@@ -20,7 +20,7 @@ typedef struct sp_window {
  * space that is gone ends it.  Returns how many pages were mapped. */
 uint64_t sp_map_pages(const sp_window *at, uint64_t page, uint64_t pages);
 /* Lets a guest that waits for the first of these pages go on, a hole being filled with zeros; the
- * others are mapped as far as it costs nothing more.  False: the hole could not be filled (*err). */
+ * others are mapped as far as it costs nothing more.  False: the kernel had no memory for it (*err). */
 bool sp_map_waited(const sp_window *at, uint64_t page, uint64_t pages, int *err);
 
 #endif

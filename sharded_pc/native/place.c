@@ -247,11 +247,18 @@ static void let_go(sp_worker *w)
             atomic_store(&w->guests[i].state, SP_GUEST_FREE);
 }
 
+static bool map_ahead(sp_worker *w)
+{
+    return w->control->placement == SP_PLACE_CONTINUE && sp_map_ahead(w);
+}
+
+/* A guest may have come since the last look: it is mapped for once more before the sleep. */
 static void sleep_until_work(sp_worker *w)
 {
     sp_shard *s = w->shard;
     uint32_t seen = sp_bell_prepare(&s->work);
-    if (atomic_load(&w->stop) || sp_ring_peek(&s->urgent) || sp_ring_peek(&s->background)) {
+    if (atomic_load(&w->stop) || sp_ring_peek(&s->urgent) || sp_ring_peek(&s->background) ||
+        map_ahead(w)) {
         sp_bell_cancel(&s->work);
         return;
     }
@@ -270,7 +277,7 @@ sp_status sp_worker_place(sp_worker *w)
             rc = take_batch(w, &any);
         if (rc != 0)
             break;
-        any |= w->control->placement == SP_PLACE_CONTINUE && sp_map_ahead(w);
+        any |= map_ahead(w);
         if (!any)
             sleep_until_work(w);
     }

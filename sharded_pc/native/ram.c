@@ -225,6 +225,7 @@ sp_status sp_ram_records(sp_ram *r)
         st = atomic_load_explicit(r->stop, memory_order_relaxed) ? SP_STOPPED : step(r);
     } while (st == SP_OK);
     r->stream->before_wait = NULL;
+    sp_route_quiet(r); /* whoever reads on does not know of us */
     if (st == SP_STOPPED || st == SP_SYS || st == SP_SHARD_FAILED)
         return st;
     /* Whatever ended the records: pages that came before it are good. */

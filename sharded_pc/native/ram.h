@@ -102,6 +102,8 @@ sp_status sp_straight_store(sp_ram *r, const uint8_t *bytes, size_t n);
 sp_status sp_straight_gather(sp_ram *r, uint64_t *pages);
 /* Makes pages that are not received read as zeros. */
 sp_status sp_straight_zeros(sp_ram *r, uint32_t block, uint64_t page, uint64_t pages);
+/* A migration that ends in precopy: pages that never came read as zeros, whatever a bet left there. */
+sp_status sp_straight_unsent(sp_ram *r);
 
 /* route.c */
 sp_status sp_route_payload(sp_ram *r);             /* goes on with the current page's payload */

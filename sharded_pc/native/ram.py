@@ -192,6 +192,10 @@ class Ram:
         """Returns when every shard has done everything it was handed."""
         self._finish(lib.sp_route_drain(self.raw))
 
+    def clear_unsent(self) -> None:
+        """Before guests run on what precopy brought: pages that never came read as zeros."""
+        self._finish(lib.sp_straight_unsent(self.raw))
+
     def _finish(self, status: int) -> None:
         raise_for(status, self.raw.err)
         self._check_shard(status)

@@ -187,13 +187,16 @@ static sp_status write_out(sp_return_path *rp)
     return SP_OK;
 }
 
-/* Fault loops write for microseconds; one that died in the middle has cut its message, and the
- * wire with it. */
+/* Fault loops write for microseconds, and what was posted before a stop has to go out; one that died
+ * in the middle has cut its message, and the wire with it. */
 static bool take_turn(sp_return_path *rp)
 {
     uint32_t nobody = 0;
-    while (!atomic_compare_exchange_weak(&rp->control->back_writer, &nobody, SP_BACK_LOOP)) {
-        if (atomic_load(&rp->stop))
+    uint64_t until = 0;
+    while (!atomic_compare_exchange_strong(&rp->control->back_writer, &nobody, SP_BACK_LOOP)) {
+        if (atomic_load(&rp->stop) && until == 0)
+            until = sp_now_ns() + WIRE_STUCK_MS * 1000000ULL;
+        if (until && sp_now_ns() > until)
             return false;
         nobody = 0;
         sched_yield();

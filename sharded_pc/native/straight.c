@@ -135,3 +135,21 @@ sp_status sp_straight_zeros(sp_ram *r, uint32_t block, uint64_t page, uint64_t p
     }
     return SP_OK;
 }
+
+sp_status sp_straight_unsent(sp_ram *r)
+{
+    uint32_t n_blocks = r->written ? atomic_load(&r->control->n_blocks) : 0;
+    for (uint32_t block = 0; block < n_blocks; block++) {
+        const sp_block *b = &r->control->blocks[block];
+        uint64_t pages = sp_block_pages(b);
+        for (uint64_t page = 0, n; page < pages; page += n) {
+            n = sp_bits_run(r->received, b->first_bit + page, pages - page);
+            if (sp_bit_test(r->received, b->first_bit + page))
+                continue;
+            sp_status st = sp_straight_zeros(r, block, page, n);
+            if (st != SP_OK)
+                return st;
+        }
+    }
+    return SP_OK;
+}

@@ -3,6 +3,7 @@
 #include "return_path.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -115,10 +116,49 @@ static void check_stuck_wire(void)
     free(c);
 }
 
+/* A fault loop is writing as the receiver is told to stop: what was posted goes out after it. */
+static void *run_loop(void *arg)
+{
+    CHECK_EQ(sp_rp_loop(arg), SP_STOPPED);
+    return NULL;
+}
+
+static void check_stop_in_turn(void)
+{
+    sp_control *c = new_control(WORLD_SHARDS);
+    int wire[2];
+    uint8_t shut[8] = {0, 1, 0, 4}, got[64];
+    pthread_t thread;
+    CHECK_EQ(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, wire), 0);
+    sp_return_path *rp = sp_rp_new(c, wire[0]);
+    atomic_store(&c->back_writer, 1);
+    CHECK_EQ(sp_rp_post(rp, shut, sizeof shut), 0);
+    sp_rp_stop(rp);
+    CHECK_EQ(pthread_create(&thread, NULL, run_loop, rp), 0);
+    while (atomic_load(&rp->posted)) /* it has taken the message, and waits for its turn */
+        sched_yield();
+    atomic_store(&c->back_writer, 0);
+    CHECK_EQ(pthread_join(thread, NULL), 0);
+    CHECK_EQ(read(wire[1], got, sizeof got), sizeof shut);
+    CHECK_EQ(c->back_writer, 0);
+
+    atomic_store(&rp->stop, 0); /* a writer that died keeps nobody for ever */
+    atomic_store(&c->back_writer, 1);
+    CHECK_EQ(sp_rp_post(rp, shut, sizeof shut), 0);
+    sp_rp_stop(rp);
+    CHECK_EQ(sp_rp_loop(rp), SP_STOPPED);
+    CHECK(read(wire[1], got, sizeof got) < 0 && errno == EAGAIN);
+    sp_rp_free(rp);
+    close(wire[0]);
+    close(wire[1]);
+    free(c);
+}
+
 void return_path_suite(void)
 {
     check_bytes();
     check_bounds();
     check_dead_wire();
     check_stuck_wire();
+    check_stop_in_turn();
 }

@@ -2,6 +2,9 @@
  *
  * Nothing here looks at a clock: every loop ends when its work is done. */
 #define _GNU_SOURCE
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdbool.h>
@@ -256,11 +259,106 @@ static void return_path(void)
     free(t.control);
 }
 
+/* As fault.c: straight to the wire, or through the ring while somebody else writes.  The wire is
+ * TCP with little room, so that messages are taken in parts. */
+typedef struct direct {
+    traffic t;
+    _Atomic uint32_t stop;
+    uint8_t asked[2][REQUESTS];
+} direct;
+
+static void *ask_directly(void *arg)
+{
+    direct *d = arg;
+    sp_control *c = d->t.control;
+    uint32_t shard = atomic_fetch_add(&d->t.next_shard, 1);
+    for (uint64_t i = 0; i < REQUESTS; i++) {
+        if (sp_rp_request(c, d->t.wire[0], shard, shard, i, &d->stop))
+            continue;
+        sp_desc one = {i, 1, 0, shard, SP_DESC_REQUEST};
+        while (!sp_ring_push(&c->shards[shard].requests[shard], &one))
+            sched_yield();
+        sp_bell_ring(&c->requests);
+    }
+    return NULL;
+}
+
+/* Every page of both blocks is asked for once, the PONGs come in their order, nothing is torn. */
+static void *read_whole(void *arg)
+{
+    direct *d = arg;
+    uint64_t left = 2 * REQUESTS + PONGS, pongs = 0;
+    uint32_t block = 9;
+    uint8_t m[512];
+    for (; left; left--) {
+        take(d->t.wire[1], m, 4);
+        uint64_t kind = big_endian(m, 2), size = big_endian(m + 2, 2);
+        CHECK(kind == 2 ? size == 4 : kind == 4 ? size == 12 : kind == 3 && size >= 13 + 6);
+        CHECK(size <= 13 + 7);
+        take(d->t.wire[1], m, size);
+        if (kind == 2) {
+            CHECK_EQ(big_endian(m, 4), pongs++);
+            continue;
+        }
+        if (kind == 3)
+            block = memcmp(m + 12, "\x06pc.ram", 7) != 0;
+        if (kind == 3 && block)
+            CHECK_EQ(memcmp(m + 12, "\x07pc.bios", 8), 0);
+        uint64_t page = big_endian(m, 8) / SP_PAGE_BYTES;
+        CHECK(block < 2 && page < REQUESTS && big_endian(m + 8, 4) == SP_PAGE_BYTES);
+        CHECK_EQ(d->asked[block][page]++, 0);
+    }
+    return NULL;
+}
+
+/* A pair of TCP sockets, the first non-blocking and with as little room as there is. */
+static void narrow_pair(int wire[2])
+{
+    int small = 1, listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    socklen_t len = sizeof at;
+    CHECK(listener >= 0 && bind(listener, (struct sockaddr *)&at, len) == 0);
+    CHECK_EQ(setsockopt(listener, SOL_SOCKET, SO_RCVBUF, &small, sizeof small), 0);
+    CHECK(listen(listener, 1) == 0 && getsockname(listener, (struct sockaddr *)&at, &len) == 0);
+    wire[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    CHECK_EQ(setsockopt(wire[0], SOL_SOCKET, SO_SNDBUF, &small, sizeof small), 0);
+    CHECK_EQ(connect(wire[0], (struct sockaddr *)&at, len), 0);
+    wire[1] = accept(listener, NULL, NULL);
+    CHECK(wire[1] >= 0 && fcntl(wire[0], F_SETFL, O_NONBLOCK) == 0);
+    CHECK_EQ(setsockopt(wire[0], IPPROTO_TCP, TCP_NODELAY, &small, sizeof small), 0);
+    close(listener);
+}
+
+static void direct_requests(void)
+{
+    direct *d = calloc(1, sizeof *d);
+    d->t.control = new_control(2);
+    narrow_pair(d->t.wire);
+    d->t.rp = sp_rp_new(d->t.control, d->t.wire[0]);
+    static const routine ROUTINES[] = {write_loop, read_whole, ask_directly, ask_directly, post};
+    pthread_t thread[5];
+    sp_rp_arm(d->t.rp);
+    for (int i = 0; i < 5; i++)
+        CHECK_EQ(pthread_create(&thread[i], NULL, ROUTINES[i], d), 0);
+    for (int i = 1; i < 5; i++)
+        CHECK_EQ(pthread_join(thread[i], NULL), 0);
+    sp_rp_stop(d->t.rp);
+    CHECK_EQ(pthread_join(thread[0], NULL), 0);
+    CHECK_EQ(d->t.control->totals.requests_sent, 2 * REQUESTS);
+    CHECK_EQ(d->t.control->back_writer, 0);
+    sp_rp_free(d->t.rp);
+    close(d->t.wire[0]);
+    close(d->t.wire[1]);
+    free(d->t.control);
+    free(d);
+}
+
 int main(void)
 {
     ring_and_bells();
     claim_and_publish();
     one_claim_wins();
     return_path();
+    direct_requests();
     return 0;
 }

@@ -54,9 +54,31 @@ world *world_new(int postcopy)
     return w;
 }
 
+static size_t block_bytes(int block)
+{
+    return WORLD_PAGES[block] * SP_PAGE_BYTES;
+}
+
+void world_go_straight(world *w)
+{
+    w->control->placement = SP_PLACE_CONTINUE;
+    w->written = zeroed(w->control->n_bits / 8);
+    for (int i = 0; i < WORLD_BLOCKS; i++) {
+        size_t bytes = block_bytes(i);
+        int hidden = MAP_PRIVATE | MAP_ANONYMOUS;
+        uint8_t *at = mmap(NULL, bytes + SP_PAGE_BYTES, PROT_NONE, hidden, -1, 0);
+        CHECK(at != MAP_FAILED);
+        CHECK(mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, w->fd[i], 0) == at);
+        w->ram->alias[i] = at;
+    }
+    sp_ram_go_straight(w->ram, w->written);
+}
+
 void world_free(world *w)
 {
     for (int i = 0; i < WORLD_BLOCKS; i++) {
+        if (w->ram->alias[i])
+            munmap(w->ram->alias[i], block_bytes(i) + SP_PAGE_BYTES);
         close(w->fd[i]);
         free(w->image[i]);
     }
@@ -66,6 +88,7 @@ void world_free(world *w)
     close(w->wire[1]);
     free((void *)w->stop);
     free(w->pool);
+    free((void *)w->written);
     free((void *)w->requested);
     free((void *)w->received);
     free(w->control);

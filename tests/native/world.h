@@ -14,7 +14,7 @@ static const uint64_t WORLD_PAGES[WORLD_BLOCKS] = {200, 3};
 
 typedef struct world {
     sp_control *control;
-    sp_word *received, *requested;
+    sp_word *received, *requested, *written;
     uint8_t *pool;
     _Atomic uint32_t *stop;
     int wire[2]; /* ours, the reader's */
@@ -28,6 +28,8 @@ typedef struct world {
 sp_control *new_control(uint32_t n_shards);
 world *world_new(int postcopy);
 void world_free(world *w);
+/* `continue`: pages go into the segments, a page that may not be touched behind each alias. */
+void world_go_straight(world *w);
 void world_send(world *w, const void *bytes, size_t n);
 /* Sends be64 (offset | flags) and, unless NULL, a block's name. */
 void world_header(world *w, uint64_t value, const char *name);
