@@ -49,7 +49,7 @@ sp_status sp_ram_flush(sp_ram *r)
 {
     atomic_store_explicit(&r->control->totals.transferred, r->stream->total, memory_order_relaxed);
     sp_status st = r->postcopy ? SP_OK : sp_precopy_flush(r);
-    return st == SP_OK ? sp_route_flush(r) : st;
+    return st == SP_OK ? sp_hand_flush(r) : st;
 }
 
 /* In postcopy little is read into the buffer, because what stands there is copied once more. */
@@ -129,7 +129,7 @@ static sp_status zero_record(sp_ram *r)
     if (!r->postcopy && (st = sp_precopy_flush(r)) != SP_OK)
         return st;
     enter_block(r, block, taken + 1);
-    st = r->postcopy ? sp_route_zero(r, page) : sp_precopy_zero(r, page);
+    st = r->postcopy ? sp_hand_zero(r, page) : sp_precopy_zero(r, page);
     if (st == SP_OK)
         sp_count(&r->control->totals.duplicate, 1);
     return st;
@@ -146,7 +146,7 @@ static sp_status page_record(sp_ram *r)
     if (!r->postcopy && block != r->block && (st = sp_precopy_flush(r)) != SP_OK)
         return st;
     /* Whether this is a second arrival shows only when the run before it counts as received. */
-    if (r->postcopy && r->written && (st = sp_route_flush(r)) != SP_OK)
+    if (r->postcopy && r->written && (st = sp_hand_flush(r)) != SP_OK)
         return st;
     enter_block(r, block, taken);
     r->in_page = 1;
@@ -218,14 +218,14 @@ static sp_status step(sp_ram *r)
 sp_status sp_ram_records(sp_ram *r)
 {
     sp_status st;
-    r->stream->before_wait = sp_route_quiet;
+    r->stream->before_wait = sp_hand_quiet;
     r->stream->before_wait_arg = r;
     do {
         /* A wire that is never empty never polls the stop switch. */
         st = atomic_load_explicit(r->stop, memory_order_relaxed) ? SP_STOPPED : step(r);
     } while (st == SP_OK);
     r->stream->before_wait = NULL;
-    sp_route_quiet(r); /* whoever reads on does not know of us */
+    sp_hand_quiet(r); /* whoever reads on does not know of us */
     if (st == SP_STOPPED || st == SP_SYS || st == SP_SHARD_FAILED)
         return st;
     /* Whatever ended the records: pages that came before it are good. */

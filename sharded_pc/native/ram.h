@@ -105,21 +105,39 @@ sp_status sp_straight_zeros(sp_ram *r, uint32_t block, uint64_t page, uint64_t p
 /* A migration that ends in precopy: pages that never came read as zeros, whatever a bet left there. */
 sp_status sp_straight_unsent(sp_ram *r);
 
-/* route.c */
-sp_status sp_route_payload(sp_ram *r);             /* goes on with the current page's payload */
-sp_status sp_route_ahead(sp_ram *r);               /* reads what probably comes next */
-sp_status sp_route_zero(sp_ram *r, uint64_t page);
-sp_status sp_route_flush(sp_ram *r);
+/* route.c: payload to its resting place. */
+sp_status sp_route_payload(sp_ram *r); /* goes on with the current page's payload */
+sp_status sp_route_ahead(sp_ram *r);   /* reads what probably comes next */
+
+/* hand.c: from a run of pages to the ring of its shard. */
+/* Adds one page to the run, handing the run on when the page does not belong to it. */
+sp_status sp_hand_add(sp_ram *r, uint32_t index, const sp_desc *one);
+/* Back-pressure: sleeps until the shard's worker makes `ready` true, and the wire with it. */
+sp_status sp_hand_await(sp_ram *r, uint32_t index, bool (*ready)(sp_shard *));
+sp_status sp_hand_zero(sp_ram *r, uint64_t page);
+sp_status sp_hand_flush(sp_ram *r);
 /* The wire is quiet: tells the shards (arg: the sp_ram) what they were not told yet. */
-void sp_route_quiet(void *arg);
+void sp_hand_quiet(void *arg);
 /* Hands a discard of whole pages to every shard it touches. */
-sp_status sp_route_discard(sp_ram *r, uint32_t block, uint64_t first_page, uint64_t pages);
+sp_status sp_hand_discard(sp_ram *r, uint32_t block, uint64_t first_page, uint64_t pages);
 /* Checks and discards n ranges, (start, length) in bytes each, in order.  SP_OUTSIDE_BLOCK: *bad is
  * the first one that is not whole pages of the block; those before it are discarded. */
-sp_status sp_route_discards(sp_ram *r, uint32_t block, const uint64_t *ranges, size_t n,
+sp_status sp_hand_discards(sp_ram *r, uint32_t block, const uint64_t *ranges, size_t n,
                             size_t *bad);
 /* Waits until every shard has emptied its background ring (discards and pages done). */
-sp_status sp_route_drain(sp_ram *r);
+sp_status sp_hand_drain(sp_ram *r);
+
+static inline sp_shard *sp_ram_shard(sp_ram *r, uint32_t index)
+{
+    return &r->control->shards[index];
+}
+
+static inline uint8_t *sp_ram_tmp_page(const sp_ram *r, uint32_t shard_index, uint64_t slot)
+{
+    uint64_t at = (uint64_t)shard_index * SP_POOL_SLOTS + slot % SP_POOL_SLOTS;
+    return r->pool + at * SP_PAGE_BYTES;
+}
+
 /* Takes one record header; a PAGE leaves `in_page` set. */
 sp_status sp_ram_header(sp_ram *r);
 

@@ -175,14 +175,14 @@ class Ram:
 
     def discard(self, block: int, first_page: int, pages: int) -> None:
         """Hands a discard to every shard it touches."""
-        self._finish(lib.sp_route_discard(self.raw, block, first_page, pages))
+        self._finish(lib.sp_hand_discard(self.raw, block, first_page, pages))
 
     def discards(self, block: int, ranges: Sequence[tuple[int, int]]) -> int | None:
         """Discards (start, length) ranges of bytes in order, by one call; None, or the number of
         the first that is not whole pages of the block, with those before it discarded."""
         flat, bad = array("Q", itertools.chain.from_iterable(ranges)), ffi.new("size_t *")
         pairs = ffi.from_buffer("uint64_t[]", flat)
-        status = lib.sp_route_discards(self.raw, block, pairs, len(ranges), bad)
+        status = lib.sp_hand_discards(self.raw, block, pairs, len(ranges), bad)
         if status == lib.SP_OUTSIDE_BLOCK:
             return bad[0]
         self._finish(status)
@@ -190,7 +190,7 @@ class Ram:
 
     def drain(self) -> None:
         """Returns when every shard has done everything it was handed."""
-        self._finish(lib.sp_route_drain(self.raw))
+        self._finish(lib.sp_hand_drain(self.raw))
 
     def clear_unsent(self) -> None:
         """Before guests run on what precopy brought: pages that never came read as zeros."""

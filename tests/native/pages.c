@@ -142,8 +142,8 @@ static void check_back_pressure(void)
     while (sp_ring_push(&w->control->shards[1].background, &d)) {
     }
     atomic_store(w->stop, 1);
-    CHECK_EQ(sp_route_discard(w->ram, 0, 64, 1), SP_STOPPED);
-    CHECK_EQ(sp_route_drain(w->ram), SP_STOPPED);
+    CHECK_EQ(sp_hand_discard(w->ram, 0, 64, 1), SP_STOPPED);
+    CHECK_EQ(sp_hand_drain(w->ram), SP_STOPPED);
     world_free(w);
 }
 
@@ -151,16 +151,16 @@ static void check_discards(void)
 {
     world *w = world_new(1);
     sp_bits_set(w->received, 0, w->control->n_bits);
-    CHECK_EQ(sp_route_discard(w->ram, 0, 10, 150), SP_OK);
+    CHECK_EQ(sp_hand_discard(w->ram, 0, 10, 150), SP_OK);
     CHECK_EQ(world_work(w), 3); /* one for each stripe it touches */
     CHECK_EQ(w->discarded, 150);
     CHECK_EQ(sp_bits_count(w->received, 0, WORLD_PAGES[0]), 50);
     CHECK_EQ(sp_bits_run(w->received, 10, 200), 150);
     CHECK_EQ(w->control->shards[0].discards_sent + w->control->shards[1].discards_sent, 3);
     CHECK_EQ(w->control->totals.discarded, 150);
-    CHECK_EQ(sp_route_drain(w->ram), SP_OK);
+    CHECK_EQ(sp_hand_drain(w->ram), SP_OK);
     atomic_store(&w->control->shards[1].failed, EIO);
-    CHECK_EQ(sp_route_drain(w->ram), SP_SHARD_FAILED);
+    CHECK_EQ(sp_hand_drain(w->ram), SP_SHARD_FAILED);
     CHECK_EQ(w->ram->shard, 1);
     world_free(w);
 }

@@ -184,7 +184,7 @@ static void random_discards(world *w, model *m)
         uint32_t b = random_below(&m->random, 6) == 0;
         uint64_t first = random_below(&m->random, WORLD_PAGES[b]);
         uint64_t pages = 1 + random_below(&m->random, WORLD_PAGES[b] - first);
-        CHECK_EQ(sp_route_discard(w->ram, b, first, pages), SP_OK);
+        CHECK_EQ(sp_hand_discard(w->ram, b, first, pages), SP_OK);
         memset(m->version[b] + first, 0, pages);
     }
     check_exactly(w, m);
@@ -201,7 +201,7 @@ static uint64_t random_migration(uint64_t seed)
             random_discards(w, m);
     }
     random_discards(w, m);
-    CHECK_EQ(sp_route_drain(w->ram), SP_OK);
+    CHECK_EQ(sp_hand_drain(w->ram), SP_OK);
     w->ram->postcopy = 1;
     check_received(w, m);
     for (int run = 0; run < 60; run++) {
