@@ -98,8 +98,10 @@ def test_place_results_hold_costs_rates_and_real_batches() -> None:
 
 def test_fault_measures_every_path_worker_count_thread_count_and_repeat() -> None:
     told = measured("fault", *SMALL, "--workers", "1,2", "--threads", "1,3")
-    rows = {(r["path"], r["workers"], r["threads"], r["what"], r["repeat"]) for r in told["runs"]}
-    axes = (("service", "local"), (1, 2), (1, 3), ("product", "floor"), (0, 1))
+    keys = ("path", "workers", "threads", "placement", "what", "repeat")
+    rows = {tuple(row[key] for key in keys) for row in told["runs"]}
+    placements = ("copy", "continue")
+    axes = (("service", "local"), (1, 2), (1, 3), placements, ("product", "floor"), (0, 1))
     assert rows == set(itertools.product(*axes))
     assert len(told["runs"]) == len(rows)
     for row in told["runs"]:
@@ -110,17 +112,28 @@ def test_fault_measures_every_path_worker_count_thread_count_and_repeat() -> Non
 
 def test_fault_results_compare_latency_and_rate() -> None:
     told = measured("fault", *SMALL, "--workers", "2", "--threads", "2")
-    assert [row["path"] for row in told["results"]] == ["service", "local"]
+    assert [(row["path"], row["placement"]) for row in told["results"]] == [
+        ("service", "copy"), ("service", "continue"), ("local", "copy"), ("local", "continue")
+    ]  # fmt: skip
     for row in told["results"]:
         for figure in ("p50-us", "p90-us", "p99-us", "p99.9-us", "faults-per-second"):
             check_compared(row[figure])
+
+
+def test_fault_of_one_placement_only() -> None:
+    told = measured("fault", *SMALL, "--workers", "1", "--threads", "1", "--placement", "continue")
+    assert {row["placement"] for row in told["runs"]} == {"continue"}
+    assert told["parameters"]["placements"] == ["continue"]
 
 
 @pytest.mark.parametrize(
     ("what", "headers"),
     [
         (["place", "--batch", "16"], ["product us/page", "product/floor", "pages/s/worker"]),
-        (["fault", "--threads", "1"], ["p50 us", "p99.9 us", "p50 ratio", "faults/s"]),
+        (
+            ["fault", "--threads", "1", "--placement", "copy"],
+            ["placement", "p50 us", "p99.9 us", "p50 ratio", "faults/s"],
+        ),
     ],
     ids=["place", "fault"],
 )
@@ -150,6 +163,7 @@ def test_table(what: list[str], headers: list[str]) -> None:
         ["fault", "--threads", "x"],
         ["fault", "--repeat", "0"],
         ["fault", "--batch", "1"],
+        ["fault", "--placement", "move"],
     ],
     ids=" ".join,
 )

@@ -243,7 +243,6 @@ def test_a_guest_that_reads_wrong_words_is_no_result(monkeypatch: pytest.MonkeyP
         ["--peer", "qemu", "--size", "48M"],
         ["--peer", "qemu", "--size", "2G"],
         ["--peer", "qemu", "--placement", "both"],
-        ["--placement", "copy"],
     ],
     ids=" ".join,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 from array import array
 from multiprocessing.connection import Connection
@@ -12,6 +13,7 @@ from sharded_pc.native import floor
 from sharded_pc.native.floor import Touched
 
 ANSWER_SECONDS = 300.0
+FORGET = "forget"
 
 
 def order_of(pages: int, seed: int) -> array:
@@ -21,19 +23,39 @@ def order_of(pages: int, seed: int) -> array:
     return array("Q", order)
 
 
+def regions(pages: int, threads: int) -> array:
+    """All pages so that each of `threads` touchers, who take every so-many'th of them, has a region
+    of its own and walks through it: the layout of the kernel's demand_paging_test."""
+    order, first = array("Q", bytes(8 * pages)), 0
+    for thread in range(threads):
+        mine = len(range(thread, pages, threads))
+        order[thread::threads] = array("Q", range(first, first + mine))
+        first += mine
+    return order
+
+
 def _guest(conn: Connection, path: str, block: str) -> None:
-    """The process: ("touch", seed, threads, expected) is answered by (ns, latencies) or a text."""
+    """The process: (seed, threads, expected) is answered by (ns, latencies) or a text, FORGET by
+    itself."""
     import sharded_pc
 
     with sharded_pc.attach(path, timeout=ANSWER_SECONDS) as guest:
         conn.send("attached")
         memory = guest.blocks[block]
         while (command := conn.recv()) is not None:
-            conn.send(_touch(memory, *command))
+            conn.send(_forget(memory) if command == FORGET else _touch(memory, *command))
 
 
-def _touch(memory: memoryview, seed: int, threads: int, expected: int) -> object:
-    pages = order_of(len(memory) // floor.PAGE_BYTES, seed)
+def _forget(memory: memoryview) -> str:
+    """Drops this process's page tables; the memory itself stays."""
+    assert isinstance(memory.obj, mmap.mmap)
+    memory.obj.madvise(mmap.MADV_DONTNEED)
+    return FORGET
+
+
+def _touch(memory: memoryview, seed: int | None, threads: int, expected: int) -> object:
+    count = len(memory) // floor.PAGE_BYTES
+    pages = regions(count, threads) if seed is None else order_of(count, seed)
     try:
         touched = floor.touch(memory, pages, threads, expected)
     except ShardedPcError as error:
@@ -61,8 +83,13 @@ class GuestProcess:
         """Returns when memory may be touched; GuestLost."""
         self._answer()
 
-    def touch(self, seed: int, threads: int, expected: int) -> Touched:
-        """Touches all pages once in order_of(seed); GuestLost."""
+    def forget(self) -> None:
+        """Every page that is in memory faults once more; GuestLost."""
+        self._conn.send(FORGET)
+        self._answer()
+
+    def touch(self, seed: int | None, threads: int, expected: int) -> Touched:
+        """Touches all pages once, in order_of(seed) or (None) in regions(threads); GuestLost."""
         self._conn.send((seed, threads, expected))
         answer = self._answer()
         if isinstance(answer, str):

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from sharded_pc import host
 from sharded_pc.bench import bare
 from sharded_pc.bench.figures import compare
+from sharded_pc.bench.plot import Panel, where
 from sharded_pc.bench.report import Column
 from sharded_pc.bench.rig import BLOCK, Rig
 from sharded_pc.geometry import PAGE_BYTES
@@ -192,3 +193,14 @@ COLUMNS = (
     Column("pages/s", "pages-per-second", digits=0),
     Column("pages/s/worker", "pages-per-second-per-worker", digits=0),
 )
+
+PLOT = (
+    Panel(
+        "Placement, descriptors", "batch", "pages for each UFFDIO_COPY", "us-per-page", "us/page",
+        ("workers",), reference="floor", rows=where(feed="descriptors"),
+    ),
+    Panel(
+        "Placement, stream", "workers", "workers", "us-per-page", "us/page", ("feed",),
+        reference="floor", rows=where(feed="stream"),
+    ),
+)  # fmt: skip

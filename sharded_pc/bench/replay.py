@@ -20,6 +20,7 @@ from sharded_pc.bench import bare, recording, report, usage
 from sharded_pc.bench.figures import compare, spread
 from sharded_pc.bench.idle_guest import IdleGuest
 from sharded_pc.bench.peer import QemuPeer, Qmp
+from sharded_pc.bench.plot import Panel
 from sharded_pc.bench.product import Product
 from sharded_pc.bench.recording import RECIPE, Recording
 from sharded_pc.bench.report import Column
@@ -247,6 +248,17 @@ COLUMNS = (
     Column("ratio", "cpu-seconds-per-gib-with-set-up", "ratio"),
     Column("product MiB", "private-mib-beside-ram", "product", digits=0),
 )
+
+PLOT = tuple(
+    Panel(
+        title, "workers", "workers", figure, axis, ("transport", "placement"),
+        reference="qemu", reference_labels=("transport",),
+    )
+    for title, figure, axis in (
+        ("Throughput of pages with data", "gb-per-second", "GB/s"),
+        ("CPU time", "cpu-seconds-per-gib", "CPU s/GiB"),
+    )
+)  # fmt: skip
 
 
 def text(told: dict) -> str:

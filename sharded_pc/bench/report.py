@@ -51,31 +51,40 @@ class Column:
     header: str
     key: str
     form: str = "plain"
-    """plain: no compared figure; product, floor, ratio: median (least..greatest); both: the medians
-    of product / floor"""
+    """plain: no compared figure; spread: one that is compared with nothing; median: only its
+    median; product, floor, ratio: median (least..greatest); both: the medians of product / floor"""
     digits: int = 2
 
     def cell(self, result: dict) -> str:
         value = result[self.key]
+        if value is None:
+            return "-"
         if self.form == "both":
             return " / ".join(
                 self._number(value[which]["median"]) for which in ("product", "floor")
             )
         if self.form == "plain":
-            return self._number(value) if value is not None else "-"
-        median, least, most = (self._number(value[self.form][k]) for k in ("median", "min", "max"))
+            return self._number(value)
+        if self.form == "median":
+            return self._number(value["median"])
+        spread = value if self.form == "spread" else value[self.form]
+        median, least, most = (self._number(spread[k]) for k in ("median", "min", "max"))
         return f"{median} ({least}..{most})"
 
     def _number(self, value: object) -> str:
         return f"{value:.{self.digits}f}" if isinstance(value, float) else str(value)
 
 
-def text(told: dict, columns: Sequence[Column]) -> str:
-    """The table of a report, below two lines that say what was measured where."""
+def text(told: dict, columns: Sequence[Column], *, head: str | None = None) -> str:
+    """The table of a report, below two lines that say what was measured where; `head` is the
+    first."""
     machine, parameters = told["machine"], told["parameters"]
-    lines = [
+    first = head or (
         f"bench {told['bench']}: {parameters['size'] >> 20} MiB, {parameters['repeat']} repeats, "
-        "product and floor in turns; medians (least..greatest)",
+        "product and floor in turns; medians (least..greatest)"
+    )
+    lines = [
+        first,
         f"{machine['cpus']} CPUs, Linux {machine['kernel']}, Python {machine['python']}, "
         f"load {machine['load']:.1f}, commit {told['commit'] or 'unknown'}",
         "",

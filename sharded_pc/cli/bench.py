@@ -48,6 +48,16 @@ def _add_repeats(parser: argparse.ArgumentParser) -> None:
         "--repeat", type=lambda text: _number(text, 1000), default=5, metavar="N", help="default 5"
     )
     parser.add_argument("--json", action="store_true", help="one object, every repeat included")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="a picture as well, .png or .svg (needs matplotlib)"
+    )
+
+
+def _add_placement(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--placement", type=_words("copy", "continue"), default=("copy", "continue"),
+        metavar="HOW,...", help="default copy,continue",
+    )  # fmt: skip
 
 
 class Place:
@@ -68,6 +78,31 @@ class Place:
 
         settings = place.PlaceSettings(args.size, args.workers, args.batch, args.repeat)
         return _tell(args, place, settings)
+
+
+class Scale:
+    """Pages per second by workers and guest threads."""
+
+    name = "scale"
+    help = "rate of demand paging by workers and guest threads, beside a single userfaultfd"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        _add_common(parser, "256M")
+        parser.add_argument(
+            "--threads", type=_numbers(MAX_THREADS), default=(1, 2, 4, 8), metavar="N,...",
+            help="of the guest (default 1,2,4,8)",
+        )  # fmt: skip
+        parser.add_argument("--page-size", default="4K", metavar="SIZE", help="only 4K")
+        _add_placement(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        from sharded_pc.bench import scale
+
+        page_size = scale.check_page_size(args.page_size)
+        settings = scale.ScaleSettings(
+            args.size, args.workers, args.threads, page_size, args.placement, args.repeat
+        )
+        return _tell(args, scale, settings, scale.text)
 
 
 def _seconds(text: str) -> float:
@@ -110,20 +145,17 @@ class Fault:
             "--peer", choices=["qemu"],
             help="a real guest on demand paging alone, beside QEMU's own destination",
         )  # fmt: skip
-        parser.add_argument(
-            "--placement", type=_words("copy", "continue"), metavar="HOW,...",
-            help="with --peer (default copy,continue)",
-        )  # fmt: skip
+        _add_placement(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         if args.peer:
             return self._beside(args)
-        if args.placement:
-            raise UsageError("--placement goes with --peer")
         from sharded_pc.bench import fault
 
         threads = args.threads or (1, 2)
-        settings = fault.FaultSettings(args.size, args.workers, threads, args.repeat)
+        settings = fault.FaultSettings(
+            args.size, args.workers, threads, args.placement, args.repeat
+        )
         return _tell(args, fault, settings)
 
     def _beside(self, args: argparse.Namespace) -> int:
@@ -131,8 +163,9 @@ class Fault:
             raise UsageError("--threads: with --peer the guest has one processor")
         from sharded_pc.bench import fault_peer
 
-        placements = args.placement or ("copy", "continue")
-        settings = fault_peer.PeerFaultSettings(args.size, args.workers, placements, args.repeat)
+        settings = fault_peer.PeerFaultSettings(
+            args.size, args.workers, args.placement, args.repeat
+        )
         return _tell(args, fault_peer, settings, fault_peer.text)
 
 
@@ -150,10 +183,7 @@ class Replay:
         parser.add_argument(
             "--peer", choices=["qemu"], help="compare with it; its arguments are in RECORDING.json"
         )
-        parser.add_argument(
-            "--placement", type=_words("copy", "continue"), default=("copy", "continue"),
-            metavar="HOW,...", help="default copy,continue",
-        )  # fmt: skip
+        _add_placement(parser)
         parser.add_argument(
             "--transport", type=_words("unix", "tcp"), default=("unix", "tcp"), metavar="HOW,...",
             help="default unix,tcp",
@@ -177,13 +207,19 @@ class Replay:
 def _tell(args: argparse.Namespace, bench, settings, text=None) -> int:
     """Measures and prints; SIGTERM ends it in order as ^C does.  `text(told)` makes the table,
     by default report.text with the bench's COLUMNS."""
+    from sharded_pc.bench import plot
     from sharded_pc.bench import report as form
 
+    panels = getattr(bench, "PLOT", ())
+    if args.plot:
+        plot.check(args.plot, panels)
     signals, told = _Signals(), form.report(args.bench, settings)
     try:
         told |= bench.run(settings)
     except KeyboardInterrupt:
         return 128 + signals.number
+    if args.plot:
+        plot.write(args.plot, told, panels)
     if args.json:
         print(json.dumps(told), flush=True)
     else:
@@ -203,7 +239,7 @@ class _Signals:
         signal.raise_signal(signal.SIGINT)
 
 
-BENCHES = (Place, Fault, Replay)
+BENCHES = (Place, Fault, Replay, Scale)
 
 
 class Bench:
