@@ -58,6 +58,9 @@ LAST_WORD_SECONDS = 2.0
 """How long control clients that are connected when the migration ends may ask how it ended."""
 
 
+LOAD_ENDS_SECONDS = 2.0
+"""From a destination's exit to the end of loading its devices."""
+
 SETTLE_SECONDS = 2.0
 """How long the report of a migration into huge pages waits for guests to map them whole."""
 
@@ -176,6 +179,7 @@ class Coordinator:
         self.machine = ""
         self.destination: QemuDestination | None = None
         self._watching: asyncio.Task | None = None
+        self._loading: asyncio.Task | None = None
         self._second: asyncio.Task | None = None
         self.error: ShardedPcError | None = None
 
@@ -435,10 +439,13 @@ class Coordinator:
         try:
             await destination.lost()
         except ShardedPcError as error:
+            if self._loading:  # that meets the same end, and knows what it means
+                await asyncio.wait({self._loading}, timeout=LOAD_ENDS_SECONDS)
             self._end(error)
 
     async def load_devices(self, data: bytes) -> None:
         assert self.destination is not None
+        self._loading = asyncio.current_task()
         try:
             await self.destination.resume(self.machine, data)
         except ShardedPcError as error:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from sharded_pc.geometry import Placement, RamBlock
 from sharded_pc.testing.oracle import PageOracle
-from tests.synthetic import Background, GuestProcess, Receiving, StepSource
+from tests.qemu import wait_until
+from tests.synthetic import WAIT_S, Background, GuestProcess, Receiving, StepSource
 
 BLOCKS = (RamBlock("pc.ram", 32 << 20),)
 
@@ -34,8 +35,13 @@ def main(placement: str) -> None:
     ):
         source = StepSource(receiver.sock, pages)
         guest.say("attach", receiver.attach)
-        sending = Background(source.migrate)
+        source.set_up()
+        control = receiver.coordinator.memory.control
+        wait_until(lambda: control.view.n_guests == 1, "the guest", WAIT_S)
+        source.precopy()
+        source.switch()
         guest.answer()
+        sending = Background(source.end)
         guest.ask("visit_all")
         guest.ask("wait")
         sending.result()
