@@ -179,7 +179,9 @@ class QemuDestination:
         QemuFailed."""
         await self._all_private_pages()
         await self._unless_exited(
-            asyncio.to_thread(self._send_stream, machine, devices), LOAD_SECONDS, "read the stream"
+            asyncio.to_thread(self._send_stream, machine, devices),
+            LOAD_SECONDS,
+            "take the device state",
         )
         await self._unless_exited(self._taken(), LOAD_SECONDS, "take the device state")
         self.resumed = True
