@@ -312,6 +312,8 @@ class Incoming:
         bad = self._ram.discards(index, event.ranges)
         if bad is not None:
             raise _bad_discard(block, *event.ranges[bad])
+        if self.state is PostcopyState.DISCARD:
+            self._ram.discards_ahead()
 
     def _packaged(self, event: events.Packaged) -> None:
         if self._ram is None:

@@ -218,19 +218,13 @@ sp_status sp_hand_discard(sp_ram *r, uint32_t block, uint64_t first_page, uint64
     return SP_OK;
 }
 
-static bool is_whole(const sp_block *b, uint64_t start, uint64_t bytes)
-{
-    return start % SP_PAGE_BYTES == 0 && bytes % SP_PAGE_BYTES == 0 && bytes &&
-           bytes <= b->bytes && start <= b->bytes - bytes;
-}
-
 sp_status sp_hand_discards(sp_ram *r, uint32_t block, const uint64_t *ranges, size_t n,
                             size_t *bad)
 {
     for (size_t i = 0; i < n; i++) {
         uint64_t start = ranges[2 * i], bytes = ranges[2 * i + 1];
         *bad = i;
-        if (!is_whole(&r->control->blocks[block], start, bytes))
+        if (!sp_is_whole(&r->control->blocks[block], start, bytes))
             return SP_OUTSIDE_BLOCK;
         sp_status st = sp_hand_discard(r, block, start / SP_PAGE_BYTES, bytes / SP_PAGE_BYTES);
         if (st != SP_OK)

@@ -126,6 +126,16 @@ sp_status sp_hand_discards(sp_ram *r, uint32_t block, const uint64_t *ranges, si
                             size_t *bad);
 /* Waits until every shard has emptied its background ring (discards and pages done). */
 sp_status sp_hand_drain(sp_ram *r);
+/* discards.c: applies the good discard messages that stand whole in the buffer; what follows them
+ * stays.  Only where another discard is legal, and not inside a package. */
+sp_status sp_discards_ahead(sp_ram *r);
+
+/* Whole pages of the block, at least one. */
+static inline bool sp_is_whole(const sp_block *b, uint64_t start, uint64_t bytes)
+{
+    return start % SP_PAGE_BYTES == 0 && bytes % SP_PAGE_BYTES == 0 && bytes &&
+           bytes <= b->bytes && start <= b->bytes - bytes;
+}
 
 static inline sp_shard *sp_ram_shard(sp_ram *r, uint32_t index)
 {

@@ -188,6 +188,11 @@ class Ram:
         self._finish(status)
         return None
 
+    def discards_ahead(self) -> None:
+        """Takes good discard messages off the stream, as far as they stand in its buffer; one that
+        is not whole or not good stays.  Only where another discard is legal."""
+        self._finish(lib.sp_discards_ahead(self.raw))
+
     def drain(self) -> None:
         """Returns when every shard has done everything it was handed."""
         self._finish(lib.sp_hand_drain(self.raw))

@@ -165,6 +165,53 @@ static void check_discards(void)
     world_free(w);
 }
 
+static uint64_t be64(uint64_t v)
+{
+    return __builtin_bswap64(v);
+}
+
+/* A discard of pages 0..3 and 8 in pc.ram: two ranges. */
+static size_t discard_message(uint8_t *out)
+{
+    const uint64_t pairs[4] = {be64(0), be64(0x4000), be64(0x8000), be64(0x1000)};
+    const uint8_t head[] = {8, 0, 6, 0, 41, 0, 6, 'p', 'c', '.', 'r', 'a', 'm', 0};
+    memcpy(out, head, sizeof head);
+    memcpy(out + sizeof head, pairs, sizeof pairs);
+    return sizeof head + sizeof pairs;
+}
+
+/* Two messages at the very end of the buffer, the second one cut or with one byte changed. */
+static size_t ahead(size_t cut, size_t at, uint8_t change)
+{
+    world *w = world_new(0);
+    uint8_t bytes[128];
+    size_t one = discard_message(bytes), n = one + discard_message(bytes + one) - cut;
+    bytes[one + at] ^= change;
+    sp_stream *s = w->stream;
+    s->end = sizeof s->buf;
+    s->pos = s->end - n;
+    memcpy(s->buf + s->pos, bytes, n);
+    CHECK_EQ(sp_discards_ahead(w->ram), SP_OK);
+    size_t taken = (n - sp_stream_unread(s)) / one;
+    CHECK_EQ(sp_stream_unread(s), n - taken * one);
+    CHECK_EQ(w->control->totals.discarded, 5 * taken);
+    world_work(w);
+    CHECK_EQ(w->discarded, 5 * taken);
+    world_free(w);
+    return taken;
+}
+
+static void check_discards_ahead(void)
+{
+    uint8_t bytes[64];
+    size_t one = discard_message(bytes);
+    CHECK_EQ(ahead(0, 0, 0), 2);
+    for (size_t cut = 1; cut <= one; cut++)
+        CHECK_EQ(ahead(cut, 0, 0), 1);
+    for (size_t at = 0; at < one; at++) /* no byte of it may be anything */
+        CHECK_EQ(ahead(0, at, 0xff), 1);
+}
+
 /* A page that a guest waits for stands in both rings, the background one included. */
 static void check_hints(void)
 {
@@ -191,6 +238,7 @@ void route_suite(void)
     random_stream(1);
     check_back_pressure();
     check_discards();
+    check_discards_ahead();
     check_hints();
 }
 
