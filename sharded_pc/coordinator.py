@@ -16,7 +16,6 @@ import shutil
 import stat
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -34,13 +33,13 @@ from sharded_pc.errors import (
     UsageError,
 )
 from sharded_pc.geometry import PAGE_BYTES, Geometry, Placement, RamBlock
+from sharded_pc.huge_pages import HugePages
 from sharded_pc.incoming import Incoming
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.alias import Alias
 from sharded_pc.native.guests import Guests
 from sharded_pc.native.ram import Stop
 from sharded_pc.native.return_path import ReturnPath
-from sharded_pc.observe.memory import huge_bytes
 from sharded_pc.observe.qmp import QmpServer
 from sharded_pc.observe.status import is_over, migration_info
 from sharded_pc.populate import Populator
@@ -60,9 +59,6 @@ LAST_WORD_SECONDS = 2.0
 
 LOAD_ENDS_SECONDS = 2.0
 """From a destination's exit to the end of loading its devices."""
-
-SETTLE_SECONDS = 2.0
-"""How long the report of a migration into huge pages waits for guests to map them whole."""
 
 
 def runtime_path(name: str, what: str) -> str:
@@ -173,6 +169,7 @@ class Coordinator:
         self._shards: Shards
         self.guests: Guests
         self._populator: Populator
+        self._huge_pages: HugePages
         self._attach: AttachServer | None = None
         self._qmp: QmpServer | None = None
         self._listener: Listener
@@ -204,6 +201,7 @@ class Coordinator:
         self.guests = Guests(self.memory.control)
         callback(self.guests.close)
         self._populator = Populator(self.memory)
+        self._huge_pages = HugePages(self.memory, self._populator)
         callback(self._populator.close)
         self.memory.control.status = MigrationStatus.SETUP
         self._record_fd = self._open_recording()
@@ -297,7 +295,7 @@ class Coordinator:
         finally:
             await self._end_return_path()
         await self.release_guests()
-        await self._settle_huge_pages()
+        await self._huge_pages.settle(self._guest_pids())
 
     async def _refuse_second_connection(self) -> None:
         """Multifd (and 7.2's postcopy-preempt) opens its channels first of all; the source would
@@ -405,7 +403,7 @@ class Coordinator:
         received = self.memory.received_pages() if self.memory.geometry else []
         error = str(self.error) if self.error else None
         over = is_over(self.memory.control.status)
-        huge = self._huge_pages() if over else None
+        huge = self._huge_pages.mapped(self._guest_pids()) if over else None
         return migration_info(self.memory.name, self.memory.control, received, error, huge)
 
     def status_changed(self, status: MigrationStatus) -> None:
@@ -506,29 +504,10 @@ class Coordinator:
     async def release_guests(self) -> None:
         """All pages are here: guests run on plain shared memory from now on."""
         if self._attach is not None:
-            await self._attach.completed(huge_pages=self._huge_bytes(os.getpid()) > 0)
+            await self._attach.completed(huge_pages=self._huge_pages.here())
 
-    def _huge_bytes(self, pid: int) -> int:
-        return huge_bytes(pid, [os.fstat(block.fd).st_ino for block in self.memory.blocks])
-
-    def _huge_pages(self) -> dict[str, int] | None:
-        """Bytes of RAM that the receiver, and its guests together, have mapped by huge pages; None
-        where it does not map the RAM (`copy`)."""
-        if not self._populator.aliases:
-            return None
-        guests = self._attach.pids if self._attach is not None else ()
-        return {
-            "receiver": self._huge_bytes(os.getpid()),
-            "guests": sum(map(self._huge_bytes, guests)),
-        }
-
-    async def _settle_huge_pages(self) -> None:
-        """Gives guests a moment to map huge pages whole, so that the report can tell."""
-        deadline = time.monotonic() + SETTLE_SECONDS
-        while (huge := self._huge_pages()) and time.monotonic() < deadline:
-            if self._attach is None or not self._attach.pids or huge["guests"] >= huge["receiver"]:
-                return
-            await asyncio.sleep(0.02)
+    def _guest_pids(self) -> frozenset[int]:
+        return self._attach.pids if self._attach is not None else frozenset()
 
     # What the attach server asks for
 
