@@ -163,12 +163,14 @@ def summary(info: dict) -> str:
         f"{seconds:.2f} s, {ram['transferred'] / seconds / 1e9:.2f} GB/s off the wire",
         f"pages: {ram['normal']} with data, {ram['duplicate']} zero, "
         f"{ram['discarded-pages']} discarded, {ram['postcopy-requests']} requested",
+        f"placement {sharded['placement']}: {sharded['placement-reason']}",
     ]
     for shard in sharded["shards"]:
         lines.append(
             f"shard {shard['shard']} (pid {shard['pid']}), after the switch: "
             f"{shard['pages']} pages, "
             f"{shard['zero-pages']} zero, {shard['faults']} faults, "
-            f"{shard['late-faults']} of them late, {shard['copies']} copies"
+            f"{shard['late-faults']} of them late, {shard['copies']} copies, "
+            f"{shard['mapped-pages']} pages mapped ahead"
         )
     return "\n".join([*lines, *latency_lines(info["postcopy-latency-dist"])])
