@@ -218,12 +218,12 @@ def _tell(args: argparse.Namespace, bench, settings, text=None) -> int:
         told |= bench.run(settings)
     except KeyboardInterrupt:
         return 128 + signals.number
-    if args.plot:
-        plot.write(args.plot, told, panels)
     if args.json:
         print(json.dumps(told), flush=True)
     else:
         print(text(told) if text else form.text(told, bench.COLUMNS), flush=True)
+    if args.plot:  # last: what was measured is told even if the picture cannot be written
+        plot.write(args.plot, told, panels)
     return int(ExitCode.COMPLETED)
 
 
