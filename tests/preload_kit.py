@@ -19,8 +19,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sharded_pc import shm
-from sharded_pc.attach import protocol
+from sharded_pc.attach import preload, protocol
 from sharded_pc.geometry import PAGE_BYTES, Geometry, RamBlock
 from sharded_pc.native.uffd import Uffd
 from sharded_pc.source import SyntheticSource
@@ -32,6 +34,51 @@ from tests.receiver import Receiver
 WAIT_S = 20.0
 MIB = 1 << 20
 PONG_RUNNING = 4
+EXIT_HOST = 3
+HERE = Path(__file__).parent
+NATIVE = HERE.parent / "sharded_pc" / "native"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tests/native/preload_client.c"""
+    path = tmp_path_factory.mktemp("preload") / "client"
+    core = [source for source in NATIVE.glob("*.c") if source.name != "binding.c"]
+    sources = [HERE / "native/preload_client.c", *core]
+    flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror"]
+    subprocess.run(["cc", *flags, f"-I{NATIVE}", "-o", path, *sources, "-pthread"], check=True)
+    return path
+
+
+@contextlib.contextmanager
+def ram_file(path: Path, size: int) -> Iterator[Path]:
+    with path.open("xb") as file:
+        file.truncate(size)
+    try:
+        yield path
+    finally:
+        path.unlink()
+
+
+@pytest.fixture
+def ram(unique_name: str) -> Iterator[list[Path]]:
+    """Two RAM files; of two stripes and a page, and of one page."""
+    with contextlib.ExitStack() as stack:
+        sizes = {"ram": 2 * MIB * 2 + 4096, "rom": 4096}
+        yield [
+            stack.enter_context(ram_file(shm.ROOT / f"{unique_name}.{name}", size))
+            for name, size in sizes.items()
+        ]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, ram: list[Path]) -> Iterator[FakeReceiver]:
+    with FakeReceiver(tmp_path / "attach", ram) as receiver:
+        yield receiver
+
+
+def guest_of(fake: FakeReceiver, ram: Sequence[Path], **options: Any) -> dict[str, str]:
+    return preload.environment(str(fake.path), [path.name for path in ram], **options)
 
 
 class Client:

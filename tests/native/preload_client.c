@@ -7,6 +7,11 @@
  *   visit BLOCK SEED VERSIONS   every page of the last mapping, in random order, is as the file of
  *                        versions says (one byte for each page; oracle.h)
  *   read OFFSET          prints a byte of the last mapping
+ *   punch|remove|dontneed OFFSET   drops a page of the last mapping, the way a word says
+ *   fork-read OFFSET     prints the byte that a child reads there, or the signal that ends it
+ *   share                hands the last file to somebody by SCM_RIGHTS; prints how that went
+ *   flags                prints what the kernel does with the last mapping: hg nh dc (smaps)
+ *   dofork               undoes what `map` asked for
  *   addresses            prints where the files are mapped, in order
  *   uffds                prints how many userfaultfds are open
  *   no-uffds             waits until none is open
@@ -23,6 +28,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -34,6 +40,7 @@ enum { PAGE = 4096, ALLOCATIONS = 64, ALLOCATION = 1 << 20, MAX_MAPPINGS = 16 };
 
 static uint8_t *mappings[MAX_MAPPINGS];
 static size_t n_mappings, last_size;
+static int last_fd = -1;
 
 static void ensure(int good, const char *what)
 {
@@ -85,7 +92,69 @@ static void map_file(const char *how, const char *path)
     /* QEMU does this to its RAM right afterwards. */
     madvise(at, last_size, MADV_HUGEPAGE);
     madvise(at, last_size, MADV_DONTFORK);
-    close(fd);
+    if (last_fd >= 0)
+        close(last_fd);
+    last_fd = fd;
+}
+
+static void drop(const char *how, size_t offset)
+{
+    int rc = -1;
+    if (strcmp(how, "punch") == 0)
+        rc = fallocate(last_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, PAGE);
+    else
+        rc = madvise(last() + offset, PAGE, strcmp(how, "remove") ? MADV_DONTNEED : MADV_REMOVE);
+    ensure(rc == 0, how);
+}
+
+static void fork_and_read(size_t offset)
+{
+    int status = -1;
+    pid_t pid = fork();
+    if (pid == 0)
+        _exit(last()[offset]);
+    waitpid(pid, &status, 0);
+    if (WIFSIGNALED(status))
+        printf("signal %d\n", WTERMSIG(status));
+    else
+        printf("child read %d\n", WEXITSTATUS(status));
+}
+
+static void share(void)
+{
+    union {
+        struct cmsghdr header;
+        char room[CMSG_SPACE(sizeof(int))];
+    } control = {.header = {CMSG_LEN(sizeof(int)), SOL_SOCKET, SCM_RIGHTS}};
+    struct msghdr msg = {.msg_iov = &(struct iovec){"x", 1}, .msg_iovlen = 1,
+                         .msg_control = &control, .msg_controllen = sizeof control};
+    int pair[2];
+    memcpy(CMSG_DATA(&control.header), &last_fd, sizeof last_fd);
+    ensure(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0, "socketpair");
+    puts(sendmsg(pair[0], &msg, 0) == 1 ? "shared" : strerror(errno));
+    close(pair[0]);
+    close(pair[1]);
+}
+
+static void show_flags(void)
+{
+    static const char *const names[] = {"hg", "nh", "dc"};
+    char line[512], start[32];
+    FILE *smaps = fopen("/proc/self/smaps", "re");
+    int here = 0;
+    ensure(smaps != NULL, "smaps");
+    snprintf(start, sizeof start, "%" PRIxPTR "-", (uintptr_t)last());
+    while (fgets(line, sizeof line, smaps)) {
+        here |= strncmp(line, start, strlen(start)) == 0;
+        if (!here || strncmp(line, "VmFlags:", 8) != 0)
+            continue;
+        printf("flags");
+        for (size_t i = 0; i < 3; i++)
+            printf("%s%s", strstr(line, names[i]) ? " " : "", strstr(line, names[i]) ? names[i] : "");
+        putchar('\n');
+        break;
+    }
+    fclose(smaps);
 }
 
 static void use_anonymous(void)
@@ -210,6 +279,12 @@ static int act(char **argv)
         return printf("uffds %d\n", count_uffds()), 1;
     if (strcmp(word, "wait") == 0)
         return wait_line(), 1;
+    if (strcmp(word, "share") == 0)
+        return share(), 1;
+    if (strcmp(word, "flags") == 0)
+        return show_flags(), 1;
+    if (strcmp(word, "dofork") == 0)
+        return madvise(last(), last_size, MADV_DOFORK), 1;
     if (strcmp(word, "no-uffds") == 0) {
         while (count_uffds())
             nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
@@ -220,6 +295,10 @@ static int act(char **argv)
         return puts(argv[1]), 2;
     if (strcmp(word, "read") == 0)
         return printf("%u\n", last()[strtoull(argv[1], NULL, 0)]), 2;
+    if (strcmp(word, "fork-read") == 0)
+        return fork_and_read(strtoull(argv[1], NULL, 0)), 2;
+    if (strcmp(word, "punch") == 0 || strcmp(word, "remove") == 0 || strcmp(word, "dontneed") == 0)
+        return drop(word, strtoull(argv[1], NULL, 0)), 2;
     if (strcmp(word, "fork-map") == 0)
         return fork_and_map(argv[1]), 2;
     if (strcmp(word, "visit") == 0) {

@@ -12,6 +12,7 @@
 
 #include "../../native/uffd.h"
 #include "../../native/uffd_abi.h"
+#include "hold.h"
 
 enum { PAGE_BYTES = 4096, ADDRESS_ROOM = 32 };
 
@@ -152,6 +153,7 @@ static int register_all(sp_guest *guest, const sp_offer *offer, const sp_offered
         if (register_segment(guest, &guest->segments[i], offer, trouble))
             return -1;
     }
+    sp_hold_arm(guest, offer->mode);
     return 0;
 }
 
@@ -224,6 +226,7 @@ void sp_guest_complete(sp_guest *guest)
     for (uint64_t i = 0; i < guest->shards; i++)
         close(guest->uffds[i]);
     guest->shards = 0;
+    sp_hold_end(guest);
     atomic_store(&guest->completed, 1);
 }
 

@@ -17,6 +17,7 @@ typedef struct sp_segment {
     uint8_t *base;         /* NULL until mapped */
     int prot;              /* as the process asked for it */
     uint64_t first_stripe; /* once attached */
+    int dont_fork, no_huge; /* as the process asked for it (hold.c) */
 } sp_segment;
 
 typedef struct sp_guest {

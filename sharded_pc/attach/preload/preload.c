@@ -6,6 +6,8 @@
  *   SHARDED_PC_ATTACH_TIMEOUT  seconds for the hand-over, 30 unless given
  *   SHARDED_PC_BOUND           set: ends with its receiver until memory may be touched
  *
+ * The variables stay until the segments are mapped, so that a shell or `nice` may stand in front.
+ *
  * QEMU maps each memory-backend-file once, whole, with MAP_SHARED | MAP_FIXED over a reservation.
  * The call that maps the last of the files hands all of them over before it returns, so that no
  * access can come before the registration; until then those mapped before it are PROT_NONE.
@@ -28,7 +30,7 @@
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
-#include "guest.h"
+#include "hold.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -126,6 +128,18 @@ static void leave_ld_preload(void)
     free(kept);
 }
 
+/* The process that maps the segments is found, so its children need nothing of us.  Not earlier: this
+ * may be a shell, `nice`, `numactl` or `env` in front of it. */
+static void leave_environment(void)
+{
+    if (getenv("LD_PRELOAD"))
+        leave_ld_preload();
+    unsetenv("SHARDED_PC_ATTACH");
+    unsetenv("SHARDED_PC_SEGMENTS");
+    unsetenv("SHARDED_PC_ATTACH_TIMEOUT");
+    unsetenv("SHARDED_PC_BOUND");
+}
+
 __attribute__((constructor)) static void start(void)
 {
     const char *path = getenv("SHARDED_PC_ATTACH"), *list = getenv("SHARDED_PC_SEGMENTS");
@@ -137,13 +151,8 @@ __attribute__((constructor)) static void start(void)
     guest.bound = getenv("SHARDED_PC_BOUND") != NULL;
     guest.socket_path = strdup(path);
     add_segments(list);
-    if (getenv("LD_PRELOAD"))
-        leave_ld_preload();
-    unsetenv("SHARDED_PC_ATTACH");
-    unsetenv("SHARDED_PC_SEGMENTS");
-    unsetenv("SHARDED_PC_ATTACH_TIMEOUT");
-    unsetenv("SHARDED_PC_BOUND");
     owner = getpid();
+    sp_hold_watch(&guest);
     atomic_store(&watching, 1);
 }
 
@@ -197,19 +206,9 @@ static void hand_over(void)
         if (mprotect(guest.segments[i].base, guest.segments[i].size, guest.segments[i].prot))
             die("mprotect", strerror(errno));
     handed_over = 1;
+    leave_environment();
     if (!atomic_load(&guest.completed) && sp_guest_follow(&guest, &trouble))
         die("attach", trouble.text);
-}
-
-static sp_segment *find_segment(int fd)
-{
-    struct stat st;
-    if (fstat(fd, &st))
-        return NULL;
-    for (unsigned i = 0; i < guest.n_segments; i++)
-        if (guest.segments[i].dev == st.st_dev && guest.segments[i].ino == st.st_ino)
-            return &guest.segments[i];
-    return NULL;
 }
 
 /* Why a mapping of a segment cannot be; NULL if it can. */
@@ -230,7 +229,7 @@ static const char *objection(const sp_segment *segment, size_t len, int flags, o
 static void note(void *base, size_t len, int prot, int flags, int fd, off_t offset)
 {
     int err = errno;
-    sp_segment *segment = find_segment(fd);
+    sp_segment *segment = sp_guest_segment(&guest, fd);
     if (segment) {
         const char *why = objection(segment, len, flags, offset);
         if (why)

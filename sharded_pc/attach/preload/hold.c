@@ -1,0 +1,193 @@
+/* What is held back while pages are missing.  QEMU does not know that it is in postcopy, so what it
+ * would not do then is kept from it here, on segments alone:
+ *
+ *   fallocate, madvise(DONTNEED, REMOVE, FREE)   forgotten, as QEMU's balloon and free page reporting
+ *                                  are in its own postcopy: a page dropped between its arrival and its
+ *                                  `received` bit would be zeros for good
+ *   madvise(HUGEPAGE)              put off: until Linux 6.4 khugepaged fills holes that wait for a page
+ *   madvise(COLLAPSE)              refused: it would show what stands in a page that is not received
+ *   madvise(DOFORK)                put off: a child has no userfaultfd, it would read zeros
+ *   sendmsg(SCM_RIGHTS)            refused: whoever maps a segment elsewhere (vhost-user, vfio-user,
+ *                                  x-pci-proxy-dev) has no userfaultfd there and would read zeros
+ */
+#define _GNU_SOURCE
+#include "hold.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "../../native/uffd_abi.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+#ifndef MADV_FREE
+#define MADV_FREE 8
+#endif
+#define SP_MADV_COLLAPSE 25 /* Linux 6.1; Debian 12's headers lack it */
+
+/* NULL: nothing is held back.  Writers: the constructor, then whoever hears that all is here. */
+static _Atomic(sp_guest *) watched;
+/* Of `watched` becoming NULL, and of what segments put off. */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+static int advise(const sp_segment *segment, int advice)
+{
+    return (int)syscall(SYS_madvise, segment->base, segment->size, advice);
+}
+
+void sp_hold_watch(sp_guest *guest)
+{
+    atomic_store(&watched, guest);
+}
+
+void sp_hold_arm(sp_guest *guest, uint64_t mode)
+{
+    for (unsigned i = 0; i < guest->n_segments; i++) {
+        advise(&guest->segments[i], MADV_DONTFORK);
+        if (!(mode & UFFDIO_REGISTER_MODE_MINOR)) /* EINVAL: a kernel without huge pages */
+            advise(&guest->segments[i], MADV_NOHUGEPAGE);
+    }
+}
+
+void sp_hold_end(sp_guest *guest)
+{
+    pthread_mutex_lock(&lock);
+    atomic_store(&watched, NULL);
+    for (unsigned i = 0; i < guest->n_segments; i++) {
+        const sp_segment *segment = &guest->segments[i];
+        if (!segment->base)
+            continue;
+        if (!segment->dont_fork)
+            advise(segment, MADV_DOFORK);
+        if (!segment->no_huge) /* QEMU's own clean-up does the same */
+            advise(segment, MADV_HUGEPAGE);
+    }
+    pthread_mutex_unlock(&lock);
+}
+
+sp_segment *sp_guest_segment(sp_guest *guest, int fd)
+{
+    struct stat st;
+    if (fstat(fd, &st))
+        return NULL;
+    for (unsigned i = 0; i < guest->n_segments; i++)
+        if (guest->segments[i].dev == st.st_dev && guest->segments[i].ino == st.st_ino)
+            return &guest->segments[i];
+    return NULL;
+}
+
+static sp_segment *segment_at(sp_guest *guest, const void *addr, size_t len)
+{
+    uintptr_t from = (uintptr_t)addr, to = from + len;
+    for (unsigned i = 0; i < guest->n_segments; i++) {
+        uintptr_t base = (uintptr_t)guest->segments[i].base;
+        if (base && from < base + guest->segments[i].size && base < to)
+            return &guest->segments[i];
+    }
+    return NULL;
+}
+
+/* --- advice --- */
+
+typedef enum verdict { GO_ON, FORGET, REFUSE } verdict;
+
+static verdict judge(sp_segment *segment, int advice)
+{
+    switch (advice) {
+    case MADV_DONTNEED:
+    case MADV_REMOVE:
+    case MADV_FREE:
+        return FORGET;
+    case MADV_HUGEPAGE:
+    case MADV_NOHUGEPAGE:
+        segment->no_huge = advice == MADV_NOHUGEPAGE;
+        return segment->no_huge ? GO_ON : FORGET;
+    case MADV_DONTFORK:
+    case MADV_DOFORK:
+        segment->dont_fork = advice == MADV_DONTFORK;
+        return segment->dont_fork ? GO_ON : FORGET;
+    case SP_MADV_COLLAPSE:
+        return REFUSE;
+    default:
+        return GO_ON;
+    }
+}
+
+EXPORT int madvise(void *addr, size_t len, int advice)
+{
+    verdict what = GO_ON;
+    if (atomic_load(&watched)) {
+        pthread_mutex_lock(&lock);
+        sp_guest *guest = atomic_load(&watched);
+        sp_segment *segment = guest ? segment_at(guest, addr, len) : NULL;
+        if (segment)
+            what = judge(segment, advice);
+        pthread_mutex_unlock(&lock);
+    }
+    if (what == GO_ON)
+        return (int)syscall(SYS_madvise, addr, len, advice);
+    errno = EAGAIN;
+    return what == FORGET ? 0 : -1;
+}
+
+/* --- holes --- */
+
+static int is_held(int fd)
+{
+    sp_guest *guest = atomic_load(&watched);
+    return guest && sp_guest_segment(guest, fd);
+}
+
+static int allocate(int fd, int mode, off_t offset, off_t len)
+{
+    if (!is_held(fd))
+        return (int)syscall(SYS_fallocate, fd, mode, offset, len);
+    errno = EOPNOTSUPP; /* memory given to a hole would be zeros that nobody waits for */
+    return mode & FALLOC_FL_PUNCH_HOLE ? 0 : -1;
+}
+
+EXPORT int fallocate(int fd, int mode, off_t offset, off_t len)
+{
+    return allocate(fd, mode, offset, len);
+}
+
+EXPORT int fallocate64(int fd, int mode, off_t offset, off_t len)
+{
+    return allocate(fd, mode, offset, len);
+}
+
+/* --- descriptors --- */
+
+static int carries_segment(const struct msghdr *msg)
+{
+    struct msghdr *head = (struct msghdr *)(uintptr_t)msg; /* CMSG_NXTHDR only reads */
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(head); c; c = CMSG_NXTHDR(head, c)) {
+        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+            continue;
+        for (size_t at = 0; at + sizeof(int) <= c->cmsg_len - CMSG_LEN(0); at += sizeof(int)) {
+            int fd;
+            memcpy(&fd, CMSG_DATA(c) + at, sizeof fd);
+            if (is_held(fd))
+                return 1;
+        }
+    }
+    return 0;
+}
+
+EXPORT ssize_t sendmsg(int sock, const struct msghdr *msg, int flags)
+{
+    if (atomic_load(&watched) && msg && msg->msg_controllen && carries_segment(msg)) {
+        sp_say("this process's RAM is not handed to another one while pages are missing: that one "
+               "would read zeros (a vhost-user back-end?)");
+        errno = EPERM;
+        return -1;
+    }
+    return syscall(SYS_sendmsg, sock, msg, flags);
+}

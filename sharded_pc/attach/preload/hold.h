@@ -1,0 +1,19 @@
+/* What a process may not do to segments while pages are missing. */
+#ifndef SP_HOLD_H
+#define SP_HOLD_H
+
+#include "guest.h"
+
+/* From now on this guest's segments are looked after; before the first of them is mapped. */
+void sp_hold_watch(sp_guest *guest);
+
+/* The segments are registered: no child gets them, and no huge page fills their holes. */
+void sp_hold_arm(sp_guest *guest, uint64_t mode);
+
+/* Everything is here: does what was put off, forgets what was held back, and steps aside. */
+void sp_hold_end(sp_guest *guest);
+
+/* The segment that this descriptor is of, or NULL. */
+sp_segment *sp_guest_segment(sp_guest *guest, int fd);
+
+#endif
