@@ -25,11 +25,11 @@ from tests.preload_kit import (
     FakeReceiver,
     Source,
     complaint,
-    fake,  # noqa: F401 (fixtures)
+    fake,
     guest_of,
     place_where_it_waits,
-    program,  # noqa: F401
-    ram,  # noqa: F401
+    program,
+    ram,
     ram_file,
 )
 from tests.qemu import wait_until

@@ -15,11 +15,11 @@ from tests.preload_kit import (
     Client,
     FakeReceiver,
     complaint,
-    fake,  # noqa: F401 (fixtures)
+    fake,
     guest_of,
     place_where_it_waits,
-    program,  # noqa: F401
-    ram,  # noqa: F401
+    program,
+    ram,
 )
 
 pytestmark = [
@@ -99,7 +99,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrappers(wrapper: str, fake, ram, program) -> None:
     first, *rest = WRAPPERS[wrapper]
-    words = [*rest, program, "fixed", ram[0], "read", 5000]
+    words = [*rest, program, "fixed", ram[0], "read", 5000, "no-uffds"]
     with Client(Path(first), guest_of(fake, ram[:1]), *words) as client:
         with fake.connection() as connection:
             connection.attach(fake.offer())
