@@ -460,6 +460,13 @@ class _Guest:
             worker.join()
         return wrong
 
+    def child_reads(self, block: int, page: int) -> int:
+        """A forked child reads the page's first byte: its exit code, or minus its signal."""
+        memory, pid = self._guest.blocks[self._oracle.blocks[block].name], os.fork()
+        if pid == 0:
+            os._exit(memory[page * PAGE_BYTES])
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
     def keep_touching(self, path: str, missing: tuple[int, int], block: int,
                       here: Sequence[int]) -> int:  # fmt: skip
         """One thread touches a missing page, another goes round those that are here, counting in

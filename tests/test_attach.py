@@ -130,6 +130,19 @@ def test_a_guest_leaves_and_comes_back(receiver, source):
         receiver.finish()
 
 
+def test_a_child_of_a_guest_reads_no_zeros(receiver, source):
+    """A child has no userfaultfd; it has the memory when all is here, and not before."""
+    first = ORACLE.page(0, MISSING[0], ORACLE.final(0)[MISSING[0]])[0]
+    with GuestProcess() as guest:
+        source.begin()
+        guest.ask("attach", receiver.attach)
+        assert guest.ask("child_reads", 0, MISSING[0]) == -signal.SIGSEGV
+        source.end()
+        guest.ask("wait")
+        assert guest.ask("child_reads", 0, MISSING[0]) == first
+        receiver.finish()
+
+
 def test_the_ninth_guest_is_refused_until_one_leaves(receiver, source):
     source.begin()
     with contextlib.ExitStack() as stack:

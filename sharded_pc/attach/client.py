@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import socket
 from collections.abc import Mapping
@@ -25,7 +26,9 @@ class Guest:
 
     `blocks` maps block names to writable memoryviews of bytes.  Touching a page that has not
     arrived blocks the thread that does it until the page is here; Python holds the GIL meanwhile,
-    so other Python threads of this process wait too.  Use it as a context manager, or close().
+    so other Python threads of this process wait too.  A process that is forked before wait() has
+    returned does not have this memory (an access there ends it): it attaches by itself.  Use it as a
+    context manager, or close().
     """
 
     def __init__(self, ram: Geometry, segments: list[Segment], sock: socket.socket | None) -> None:
@@ -57,7 +60,16 @@ class Guest:
         for extent in self.geometry.extents():
             uffd = self._uffds[extent.shard]
             uffd.register(addresses[extent.block] + extent.offset, extent.size, mode)
+        self._advise(mmap.MADV_DONTFORK)  # a child has no userfaultfd: it would read zeros
+        if not mode & MODE_MINOR:  # until Linux 6.4 khugepaged fills holes that wait for a page
+            self._advise(mmap.MADV_NOHUGEPAGE)
         return [uffd.fd for uffd in self._uffds]
+
+    def _advise(self, advice: int) -> None:
+        """EINVAL: not something this kernel knows, or not for so small a mapping."""
+        for segment in self._segments:
+            with contextlib.suppress(OSError):
+                segment.map.madvise(advice)
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when every page has arrived and the receiver needs this guest no more.
@@ -80,16 +92,13 @@ class Guest:
             raise AttachError(f"the receiver refused: {_reason(message)}")
         if message["event"] == protocol.FAILED:
             raise AttachError(f"the migration failed: {message.get('desc')}")
+        if message["event"] == protocol.COMPLETED:
+            self._advise(mmap.MADV_DOFORK)
+            self._advise(mmap.MADV_HUGEPAGE)
         if message.get("huge-pages"):
-            self._collapse()
+            # The memory stands on huge pages, but was mapped page by page as it came.
+            self._advise(MADV_COLLAPSE)
         return message["event"]
-
-    def _collapse(self) -> None:
-        """The memory stands on huge pages, but was mapped page by page as it came: maps them
-        whole."""
-        for segment in self._segments:
-            with contextlib.suppress(OSError):  # EINVAL: too small, or not where one fits
-                segment.map.madvise(MADV_COLLAPSE)
 
     def close(self) -> None:
         """Unmaps the RAM.  BufferError while views of it (slices, arrays) are still in use."""
