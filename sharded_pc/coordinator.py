@@ -228,7 +228,7 @@ class Coordinator:
             folder,
             self.settings.attach,
             self.request_pages,
-            lambda pid: self._attach is not None and self._attach.has_guest(pid),
+            lambda pid: self._attach.guest_of(pid) if self._attach is not None else None,
             self.settings.qemu_stdout,
         )
         self._exit.push_async_callback(self.destination.end)
@@ -454,8 +454,8 @@ class Coordinator:
         """Asks the source for pages that nobody faulted on."""
         name = self.memory.geometry.blocks[block].name
         if self._return_path is not None:
-            wanted = return_path.req_pages(page * PAGE_BYTES, count * PAGE_BYTES, name)
-            self._return_path.post(wanted)
+            for message in return_path.req_span(page * PAGE_BYTES, count * PAGE_BYTES, name):
+                self._return_path.post(message)
 
     def open_return_path(self) -> None:
         if self._return_path is not None:

@@ -109,9 +109,9 @@ class AttachServer:
             _tell(sock, protocol.error(text))
             sock.shutdown(socket.SHUT_RDWR)
 
-    def has_guest(self, pid: int) -> bool:
-        """The process `pid`, or a child of it, has handed its userfaultfds over."""
-        return any(pid in _ancestry(each) for each in self._pids)
+    def guest_of(self, pid: int) -> int | None:
+        """The process that has handed its userfaultfds over: `pid` or a child of it."""
+        return next((each for each in self._pids if pid in _ancestry(each)), None)
 
     async def close(self) -> None:
         """Removes the socket; clients see the end of the stream.  A second call does nothing."""

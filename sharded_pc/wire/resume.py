@@ -42,6 +42,11 @@ def head(machine: str, blocks: Sequence[tuple[RamBlock, int]]) -> bytes:
     return writer.header() + writer.configuration(machine) + _capabilities() + setup + end
 
 
+def end_of_ram() -> bytes:
+    """What follows the pages; QEMU waits for devices then."""
+    return writer.eos() + writer.footer()
+
+
 def tail(devices: bytes) -> bytes:
-    """Everything behind the pages."""
-    return writer.eos() + writer.footer() + devices + writer.eof() + writer.vmdescription({})
+    """Everything behind the RAM."""
+    return devices + writer.eof() + writer.vmdescription({})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Iterator
 
 from sharded_pc.errors import RemoteProtocolError
 from sharded_pc.wire.constants import Rp
@@ -11,6 +12,9 @@ from sharded_pc.wire.steps import Parser, number, text
 
 LARGEST = 512
 """A QEMU source closes its return path on anything longer."""
+
+LARGEST_REQUEST = 1 << 30
+"""Bytes: QEMU reads a request's length as a signed int (migration/ram.c ram_save_queue_pages)."""
 
 
 def message(kind: Rp, payload: bytes) -> bytes:
@@ -33,6 +37,12 @@ def req_pages(start: int, length: int, block: str | None = None) -> bytes:
         return message(Rp.REQ_PAGES, where)
     name = block.encode("utf-8", "surrogateescape")
     return message(Rp.REQ_PAGES_ID, where + bytes([len(name)]) + name)
+
+
+def req_span(start: int, length: int, block: str) -> Iterator[bytes]:
+    """Requests for any number of bytes."""
+    for at in range(start, start + length, LARGEST_REQUEST):
+        yield req_pages(at, min(LARGEST_REQUEST, start + length - at), block)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,0 +1,225 @@
+"""A stock QEMU that goes on with the source's guest on our shared memory.
+
+It is started when the source's blocks are known, with the preload library that hands its
+userfaultfds over as it maps the segments; when the source's device state is here it is fed a
+synthetic precopy stream (wire/resume.py) and runs.
+
+``blocks`` is pure; ``monitor``, ``process`` and ``stream`` each know one way of dealing with QEMU;
+here they are put together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from sharded_pc import qemu_args
+from sharded_pc.attach.preload import environment, library_path
+from sharded_pc.destination.monitor import Monitor, QemuFailed
+from sharded_pc.destination.process import QemuProcess
+from sharded_pc.destination.stream import ResumeStream
+from sharded_pc.errors import HostError
+from sharded_pc.geometry import RamBlock
+from sharded_pc.memory import GuestMemory
+from sharded_pc.shm import ROOT
+
+__all__ = ["QemuDestination", "QemuFailed"]
+
+log = logging.getLogger(__name__)
+
+START_SECONDS = 30.0
+"""From starting QEMU to its monitor answering with its memory mapped."""
+PAGES_SECONDS = 60.0
+"""For the pages of blocks that are not shared to arrive after they were asked for."""
+LOAD_SECONDS = 60.0
+"""For QEMU to take the device state."""
+
+
+class QemuDestination:
+    """One destination.  `arguments` is the user's command line, program first; sockets are made in
+    `folder`.  `request(block, page, count)` asks the source for pages; `attached(pid)` answers which
+    process, that one or a child of it, has handed its userfaultfds over; QEMU's standard output goes
+    to the descriptor `stdout`, to ours if None."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        memory: GuestMemory,
+        folder: Path,
+        attach_path: str,
+        request: Callable[[int, int, int], None],
+        attached: Callable[[int], int | None],
+        stdout: int | None = None,
+    ) -> None:
+        self._arguments = arguments
+        self._memory = memory
+        self._folder = folder
+        self._attach_path = attach_path
+        self._request = request
+        self._attached = attached
+        self._stdout = stdout
+        self._plan: qemu_args.Plan | None = None
+        self._process: QemuProcess | None = None
+        self._monitor = Monitor()
+        self._names: list[tuple[RamBlock, int]] = []
+        """all blocks under the destination's names, with their addresses"""
+        self.resumed = False
+
+    def check(self) -> None:
+        """What can be refused before a source connects; HostError, UsageError."""
+        qemu_args.check_arguments(self._arguments)
+        program = self._arguments[0]
+        if shutil.which(program) is None:
+            raise HostError(
+                f"QEMU {program!r} is not there; install it (Debian: apt-get install "
+                f"qemu-system-x86) or name it with its path"
+            )
+        library_path()
+
+    # Starting
+
+    async def start(self, machine: str) -> None:
+        """Starts QEMU on the segments and waits until it has mapped them and was found to fit the
+        source; HostError, UsageError, QemuFailed.  `machine`: the source's machine type, "" if
+        unknown."""
+        ram = self._memory.geometry
+        assert ram is not None
+        paths = {
+            block.name: str(ROOT / segment.name.lstrip("/"))
+            for block, segment in zip(ram.blocks, self._memory.blocks, strict=True)
+        }
+        self._plan = qemu_args.plan(self._arguments, ram.blocks, paths)
+        shared = [paths[backend.block.name] for backend in self._plan.backends]
+        monitor = self._folder / "monitor"
+        added = environment(self._attach_path, shared, timeout=START_SECONDS, bound=True)
+        arguments = [*self._plan.arguments, "-qmp", f"unix:{monitor},server=on,wait=off"]
+        process = self._process = await QemuProcess.start(arguments, added, self._stdout)
+        connecting = self._monitor.connect(monitor)
+        await process.unless_exited(connecting, START_SECONDS, "open its monitor")
+        self._check_attached(process)
+        await process.unless_exited(self._prepare(machine), START_SECONDS, "wait for the stream")
+
+    def _check_attached(self, process: QemuProcess) -> None:
+        pid = self._attached(process.pid)
+        if pid is None:
+            raise QemuFailed(
+                "QEMU runs without the preload library (a static or setuid binary?): its RAM would "
+                "not wait for missing pages"
+            )
+        process.found(pid)
+
+    async def _prepare(self, machine: str) -> None:
+        assert self._plan is not None
+        monitor = self._monitor
+        await monitor.check_machine(machine)
+        await monitor.check_backends(backend.id for backend in self._plan.backends)
+        self._names = await self._named_blocks(self._plan)
+        await monitor.check_blocks(block for block, _ in self._names)
+        await monitor.listen_for_stream(self._folder / "stream")
+
+    async def _named_blocks(self, plan: qemu_args.Plan) -> list[tuple[RamBlock, int]]:
+        assert self._memory.geometry is not None
+        ids = {backend.block.name: backend.id for backend in plan.backends}
+        out = []
+        for block in self._memory.geometry.blocks:
+            id_ = ids.get(block.name)
+            address = await self._monitor.address(id_) if id_ else 0
+            out.append((RamBlock(id_ or block.name, block.size), address))
+        return out
+
+    # Resuming
+
+    async def resume(self, machine: str, devices: bytes) -> None:
+        """Feeds QEMU what it needs to go on; returns when it has taken it (and runs, unless -S).
+        QemuFailed."""
+        assert self._process is not None
+        await self._all_private_pages(self._process)
+        loading = self._load(machine, devices)
+        await self._process.unless_exited(loading, LOAD_SECONDS, "take the device state")
+        self.resumed = True
+
+    async def _load(self, machine: str, devices: bytes) -> None:
+        """x-ignore-shared is put back before QEMU has its devices, so that there is no moment at
+        which its guest runs and could be migrated on, or saved, without its RAM."""
+        stream = ResumeStream(self._folder / "stream", self._memory, LOAD_SECONDS)
+        try:
+            await asyncio.to_thread(stream.send_ram, machine, self._names, self._private())
+            await self._monitor.put_back("x-ignore-shared")
+            await asyncio.to_thread(stream.send_devices, devices)
+            await self._monitor.loaded()
+            await self._monitor.put_back("events")
+        finally:
+            stream.close()
+
+    def _private(self) -> list[tuple[int, RamBlock]]:
+        """Blocks that QEMU keeps in memory of its own, with their index."""
+        assert self._plan is not None and self._memory.geometry is not None
+        shared = {backend.block.name for backend in self._plan.backends}
+        blocks = enumerate(self._memory.geometry.blocks)
+        return [(index, block) for index, block in blocks if block.name not in shared]
+
+    def _missing_private(self) -> Iterator[tuple[int, int, int]]:
+        """(block, first page, pages) of each stretch of private blocks that has not arrived."""
+        received = self._memory.received
+        for index, block in self._private():
+            first_bit, page = self._memory.control.block(index)[2], 0
+            while page < block.pages:
+                here = first_bit + page
+                run = received.run(here, block.pages - page)
+                if not received.test(here):
+                    yield index, page, run
+                page += run
+
+    async def _all_private_pages(self, process: QemuProcess) -> None:
+        """A guest's fault asks for one page; here a block's whole span is asked for at once: the
+        source leaves out what it has sent."""
+        spans: dict[int, tuple[int, int]] = {}
+        for index, page, count in self._missing_private():
+            self._memory.requested.set(self._memory.control.block(index)[2] + page, count)
+            spans[index] = (spans.get(index, (page, 0))[0], page + count)
+        for index, (first, end) in spans.items():
+            self._request(index, first, end - first)
+        await process.unless_exited(
+            self._private_here(), PAGES_SECONDS, "get its own blocks' pages"
+        )
+
+    async def _private_here(self) -> None:
+        """The placing processes have no way to call us: looks every millisecond."""
+        while next(self._missing_private(), None):
+            await asyncio.sleep(0.001)
+
+    # Afterwards
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    async def exited(self) -> int:
+        """QEMU's exit code, when it ends; 128 + N for a signal."""
+        assert self._process is not None
+        return await self._process.exited()
+
+    async def lost(self) -> None:
+        """Raises GuestLost when QEMU ends (QemuFailed if its guest never ran here); never returns
+        otherwise."""
+        assert self._process is not None
+        await self._process.exited()
+        await self._process.lost(resumed=self.resumed)
+
+    def terminate(self) -> None:
+        """Asks QEMU to end, as SIGTERM does."""
+        if self._process is not None:
+            self._process.terminate()
+
+    async def leave_monitor(self) -> None:
+        """The monitor is no longer needed; the guest goes on."""
+        await self._monitor.disconnect()
+
+    async def end(self) -> None:
+        """No QEMU afterwards: killed if it is still there.  Never raises."""
+        await self.leave_monitor()
+        if self._process is not None:
+            await self._process.end()

@@ -1,0 +1,115 @@
+"""The destination's process: started with the preload library, watched, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Awaitable, Mapping, Sequence
+
+from qemu.qmp import QMPError
+
+from sharded_pc.destination.monitor import QemuFailed
+from sharded_pc.errors import GuestLost, HostError
+
+EXIT_SECONDS = 2.0
+"""From QEMU's monitor closing to its exit code."""
+
+
+class QemuProcess:
+    """What the user's command line started, and the QEMU in it: a shell or `numactl` may stand in
+    front and live as long."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._exit = asyncio.create_task(process.wait())
+        self._qemu_pid = process.pid
+        self._qemu_pidfd = -1
+        """of a QEMU that is not our child, so that no other process is ever meant"""
+
+    @classmethod
+    async def start(
+        cls, arguments: Sequence[str], environment: Mapping[str, str], stdout: int | None
+    ) -> QemuProcess:
+        """HostError."""
+        try:
+            return cls(
+                await asyncio.create_subprocess_exec(
+                    *arguments, env={**os.environ, **environment}, stdout=stdout
+                )
+            )
+        except OSError as error:
+            raise HostError(f"start QEMU {arguments[0]!r}: {error.strerror}") from error
+
+    @property
+    def pid(self) -> int:
+        """What the user's command line started."""
+        return self._process.pid
+
+    def found(self, pid: int) -> None:
+        """The process that mapped the RAM, a child of the other or the same."""
+        if pid != self._process.pid and self._qemu_pidfd < 0:
+            with contextlib.suppress(ProcessLookupError):
+                self._qemu_pidfd = os.pidfd_open(pid)
+                self._qemu_pid = pid
+
+    async def exited(self) -> int:
+        """The exit code; 128 + N for a signal."""
+        code = await asyncio.shield(self._exit)
+        return 128 - code if code < 0 else code
+
+    async def lost(self, *, resumed: bool) -> None:
+        """Raises when the process ends: GuestLost if its guest ran here, else QemuFailed."""
+        code = await asyncio.shield(self._exit)
+        if resumed:
+            raise GuestLost(f"QEMU {_ending(code)} while pages were missing")
+        raise QemuFailed(f"QEMU {_ending(code)} before the guest could go on there")
+
+    async def unless_exited(self, wanted: Awaitable, seconds: float, doing: str):
+        """The result of `wanted`; QemuFailed if QEMU exits or `seconds` pass before."""
+        task = asyncio.ensure_future(wanted)
+        try:
+            await asyncio.wait(
+                {task, self._exit}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+            if task.done() and isinstance(task.exception(), QMPError):
+                await asyncio.wait({self._exit}, timeout=EXIT_SECONDS)  # why the monitor closed
+            elif task.done():
+                return task.result()
+            if self._exit.done():
+                raise QemuFailed(
+                    f"QEMU {_ending(self._exit.result())} before it could {doing} (its message "
+                    f"stands above)"
+                )
+            if task.done():
+                raise QemuFailed(f"QEMU's monitor failed: {task.exception()}") from task.exception()
+            raise QemuFailed(f"QEMU did not {doing} within {seconds:.0f} s")
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def terminate(self) -> None:
+        """Asks QEMU to end, as SIGTERM does; what stands in front of it ends with it."""
+        self._signal(signal.SIGTERM)
+
+    async def end(self) -> None:
+        """No process afterwards.  Never raises."""
+        self._signal(signal.SIGKILL)
+        if self._qemu_pidfd >= 0:
+            os.close(self._qemu_pidfd)
+            self._qemu_pidfd = -1
+        self._signal(signal.SIGKILL)
+        await asyncio.gather(self._exit, return_exceptions=True)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Not by asyncio's process: its send_signal() may take the exit code from its watcher."""
+        with contextlib.suppress(ProcessLookupError):
+            if self._qemu_pidfd >= 0:
+                signal.pidfd_send_signal(self._qemu_pidfd, number)
+            elif not self._exit.done():
+                os.kill(self._process.pid, number)
+
+
+def _ending(code: int) -> str:
+    return f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
