@@ -80,8 +80,27 @@ class TestBeforeASource:
             assert runner.finish().exit_code == 128 + number
 
 
+VGA = ("-device", "VGA,vgamem_mb=16")
+
+
 class TestBeforeTheSwitch:
     """The source's guest goes on."""
+
+    @pytest.mark.parametrize(
+        ("theirs", "ours", "pattern"),
+        [
+            (VGA, (), r"fit the source: it has no RAM block '.*vga.vram' \(16 MiB\)"),
+            (VGA, ("-device", "VGA,vgamem_mb=32"), "'.*vga.vram' has 32 MiB, the source's 16 MiB"),
+        ],
+        ids=["none", "other-size"],
+    )
+    def test_blocks(self, tmp_path, unique_name, binary, theirs, ours, pattern):
+        """QEMU would find out when the source's guest has stopped."""
+        differing = {"extra": ours}
+        with pair(tmp_path, unique_name, binary, differing=differing, extra=theirs) as vms:
+            begin_precopy(vms.source, vms.runner.uri())
+            check_error(vms.runner.finish(), 2, pattern)
+            check_source_runs(vms.source)
 
     @pytest.mark.parametrize(
         ("differing", "code", "pattern", "said"),

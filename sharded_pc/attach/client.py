@@ -27,8 +27,8 @@ class Guest:
     `blocks` maps block names to writable memoryviews of bytes.  Touching a page that has not
     arrived blocks the thread that does it until the page is here; Python holds the GIL meanwhile,
     so other Python threads of this process wait too.  A process that is forked before wait() has
-    returned does not have this memory (an access there ends it): it attaches by itself.  Use it as a
-    context manager, or close().
+    returned does not have this memory (an access there ends it): it attaches by itself.  Use it as
+    a context manager, or close().
     """
 
     def __init__(self, ram: Geometry, segments: list[Segment], sock: socket.socket | None) -> None:

@@ -40,9 +40,9 @@ LOAD_SECONDS = 60.0
 
 class QemuDestination:
     """One destination.  `arguments` is the user's command line, program first; sockets are made in
-    `folder`.  `request(block, page, count)` asks the source for pages; `attached(pid)` answers which
-    process, that one or a child of it, has handed its userfaultfds over; QEMU's standard output goes
-    to the descriptor `stdout`, to ours if None."""
+    `folder`.  `request(block, page, count)` asks the source for pages; `attached(pid)` answers
+    which process, that one or a child of it, has handed its userfaultfds over; QEMU's standard
+    output goes to the descriptor `stdout`, to ours if None."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class QemuDestination:
         assert self._plan is not None
         monitor = self._monitor
         await monitor.check_machine(machine)
-        await monitor.check_backends(backend.id for backend in self._plan.backends)
+        await monitor.check_private(block.name for _, block in self._private())
         self._names = await self._named_blocks(self._plan)
         await monitor.check_blocks(block for block, _ in self._names)
         await monitor.listen_for_stream(self._folder / "stream")

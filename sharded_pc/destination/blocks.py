@@ -11,7 +11,8 @@ from sharded_pc.errors import UsageError
 from sharded_pc.geometry import RamBlock
 
 _LINE = re.compile(
-    r"\s*(?P<name>\S.*?)\s+\d+ [KMGT]?i?B\s+0x[0-9a-f]+\s+0x(?P<used>[0-9a-f]+)\s+0x(?P<most>[0-9a-f]+)"
+    r"\s*(?P<name>\S.*?)\s+\d+ [KMGT]?i?B\s+0x[0-9a-f]+"
+    r"\s+0x(?P<used>[0-9a-f]+)\s+0x(?P<most>[0-9a-f]+)"
 )
 
 

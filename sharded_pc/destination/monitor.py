@@ -68,15 +68,15 @@ class Monitor:
             if listed:
                 blocks.compare(wanted, listed)
 
-    async def check_backends(self, ours: Iterable[str]) -> None:
-        """UsageError for a shared memory backend that is not ours: x-ignore-shared would keep its
-        pages out of the stream."""
-        known = set(ours)
+    async def check_private(self, names: Iterable[str]) -> None:
+        """UsageError if one of these blocks, which QEMU is to load from the stream, is of a memory
+        backend that is shared: x-ignore-shared would refuse its pages."""
+        private = set(names)
         for backend in await self._qmp.execute("query-memdev"):
-            if backend.get("share") and backend.get("id") not in known:
+            if backend.get("share") and backend.get("id") in private:
                 raise UsageError(
                     f"QEMU memory backend {backend.get('id')!r} is shared (share=on) with somebody "
-                    f"else; use share=off, or leave it to the machine's RAM"
+                    f"else: give it share=off"
                 )
 
     async def address(self, backend: str) -> int:
