@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from sharded_pc import host
 from sharded_pc.address import Address
 from sharded_pc.attach.server import STEP_SECONDS, AttachServer
+from sharded_pc.awaited import AwaitedPages
 from sharded_pc.errors import (
     Cancelled,
     HostError,
@@ -178,6 +179,7 @@ class Coordinator:
         self._watching: asyncio.Task | None = None
         self._loading: asyncio.Task | None = None
         self._second: asyncio.Task | None = None
+        self._readying: asyncio.Task | None = None
         self.error: ShardedPcError | None = None
 
     async def __aenter__(self) -> Coordinator:
@@ -445,6 +447,8 @@ class Coordinator:
         assert self.destination is not None
         self._loading = asyncio.current_task()
         try:
+            if self._readying is not None:
+                await self._or_cancelled(asyncio.shield(self._readying))
             await self.destination.resume(self.machine, data)
         except ShardedPcError as error:
             self._end(error)
@@ -498,6 +502,21 @@ class Coordinator:
             await self._shards.tell("listen")
         if self._return_path is not None:
             self._return_path.arm()
+        self._readying = asyncio.create_task(self._make_ready())
+        self._exit.callback(self._readying.cancel)
+
+    async def _make_ready(self) -> None:
+        """Guests may run once nothing stands in memory that is not received."""
+        shards = self.memory.control.shards()
+        if any(shard.unpunched for shard in shards):
+            blocks = range(len(self.memory.blocks))
+            spans = [(b, page, n) for b in blocks for page, n in self.memory.unpunched(b)]
+            awaited = AwaitedPages(self.memory, spans)
+            log.warning(
+                "%d pages could not be dropped (huge pages of /dev/shm that somebody uses); guests "
+                "wait until they have come again", len(awaited),
+            )  # fmt: skip
+            await awaited.arrive(self.request_pages)
         if self._attach is not None:
             self._attach.ready()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+from collections.abc import Iterator
 
 from sharded_pc import shm
 from sharded_pc.errors import HostError, UsageError
@@ -42,7 +43,8 @@ class GuestMemory:
         self.received: Bitmap
         self.requested: Bitmap
         self.written: Bitmap
-        """pages that may hold anything but zeros, received or not; kept with `continue` only"""
+        """`continue`: pages that may hold anything but zeros, received or not; `copy`: pages that a
+        discard's punch left in place"""
 
     @classmethod
     def create(cls, name: str, shards: int) -> GuestMemory:
@@ -145,6 +147,24 @@ class GuestMemory:
             first = self.control.block(index)[2]
             counts.append(self.received.count(first, segment.size // mmap.PAGESIZE))
         return counts
+
+    def missing(self, index: int) -> Iterator[tuple[int, int]]:
+        """(first page, pages) of each stretch of a block that is not received."""
+        yield from self._stretches(self.received, index, of=False)
+
+    def unpunched(self, index: int) -> Iterator[tuple[int, int]]:
+        """(first page, pages) of what a discard's punch left in place: whoever maps it would see it
+        instead of waiting (`copy`)."""
+        yield from self._stretches(self.written, index, of=True)
+
+    def _stretches(self, bits: Bitmap, index: int, *, of: bool) -> Iterator[tuple[int, int]]:
+        _, size, first, *_ = self.control.block(index)
+        page, pages = 0, size // mmap.PAGESIZE
+        while page < pages:
+            run = bits.run(first + page, pages - page)
+            if bits.test(first + page) == of:
+                yield page, run
+            page += run
 
     def unlink(self) -> None:
         """Removes all names; mappings live on."""

@@ -70,7 +70,13 @@ class ShardWorker:
         if memory.placement is Placement.COPY:
             self._uffd = Uffd.open()
         self._shard = Shard(
-            memory.control, self.index, memory.received, memory.requested, self.pool, self._uffd
+            memory.control,
+            self.index,
+            memory.received,
+            memory.requested,
+            memory.written,
+            self.pool,
+            self._uffd,
         )
         for index, block in enumerate(memory.blocks):
             self._shard.add_block(index, block.map if self._uffd else None, block.fd)

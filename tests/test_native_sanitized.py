@@ -28,10 +28,17 @@ def run(command: list[str | Path]) -> None:
         pytest.fail(f"{' '.join(map(str, command))}: exit {done.returncode}\n{done.stdout}")
 
 
-def build(program: Path, sanitizer: tuple[str, ...], sources: tuple[str, ...]) -> Path:
+def build(
+    program: Path,
+    sanitizer: tuple[str, ...],
+    sources: tuple[str, ...],
+    without: tuple[str, ...] = (),
+) -> Path:
+    """``without``: parts of the core that the program plays itself."""
     own = [TESTS / f"{name}.c" for name in sources]
+    core = [source for source in CORE if source.stem not in without]
     flags = ["-std=gnu11", "-g", "-O1", *WARNINGS, *sanitizer, "-pthread"]
-    run(["cc", *flags, f"-I{NATIVE}", f"-I{TESTS}", "-o", program, *own, *CORE])
+    run(["cc", *flags, f"-I{NATIVE}", f"-I{TESTS}", "-o", program, *own, *core])
     return program
 
 
@@ -47,3 +54,9 @@ def test_threads(tmp_path: Path) -> None:
     # The sanitizer of older compilers cannot live with much address randomisation.
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
     run([*fixed, program])
+
+
+def test_guests_that_change_meanwhile(tmp_path: Path) -> None:
+    """The kernel's part is the program's, so that a guest can come in the middle of a call."""
+    without = ("uffd", "fault", "place", "worker", "ahead", "floor")
+    run([build(tmp_path / "test_guests", ADDRESS, ("test_guests", "world"), without)])

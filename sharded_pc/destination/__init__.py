@@ -13,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sharded_pc import qemu_args
 from sharded_pc.attach.preload import environment, library_path
+from sharded_pc.awaited import AwaitedPages
 from sharded_pc.destination.monitor import Monitor, QemuFailed
 from sharded_pc.destination.process import QemuProcess
 from sharded_pc.destination.stream import ResumeStream
@@ -161,35 +162,15 @@ class QemuDestination:
         blocks = enumerate(self._memory.geometry.blocks)
         return [(index, block) for index, block in blocks if block.name not in shared]
 
-    def _missing_private(self) -> Iterator[tuple[int, int, int]]:
-        """(block, first page, pages) of each stretch of private blocks that has not arrived."""
-        received = self._memory.received
-        for index, block in self._private():
-            first_bit, page = self._memory.control.block(index)[2], 0
-            while page < block.pages:
-                here = first_bit + page
-                run = received.run(here, block.pages - page)
-                if not received.test(here):
-                    yield index, page, run
-                page += run
-
     async def _all_private_pages(self, process: QemuProcess) -> None:
-        """A guest's fault asks for one page; here a block's whole span is asked for at once: the
-        source leaves out what it has sent."""
-        spans: dict[int, tuple[int, int]] = {}
-        for index, page, count in self._missing_private():
-            self._memory.requested.set(self._memory.control.block(index)[2] + page, count)
-            spans[index] = (spans.get(index, (page, 0))[0], page + count)
-        for index, (first, end) in spans.items():
-            self._request(index, first, end - first)
-        await process.unless_exited(
-            self._private_here(), PAGES_SECONDS, "get its own blocks' pages"
-        )
-
-    async def _private_here(self) -> None:
-        """The placing processes have no way to call us: looks every millisecond."""
-        while next(self._missing_private(), None):
-            await asyncio.sleep(0.001)
+        """A guest's fault asks for one page; here whole stretches are asked for at once."""
+        spans = [
+            (index, page, count)
+            for index, _ in self._private()
+            for page, count in self._memory.missing(index)
+        ]
+        arriving = AwaitedPages(self._memory, spans).arrive(self._request)
+        await process.unless_exited(arriving, PAGES_SECONDS, "get its own blocks' pages")
 
     # Afterwards
 

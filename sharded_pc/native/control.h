@@ -56,6 +56,7 @@ typedef struct sp_counters {
     _Atomic uint64_t urgent;        /* pages placed ahead of their turn */
     _Atomic uint64_t wakes;         /* UFFDIO_WAKE calls */
     _Atomic uint64_t discarded;     /* pages named by discards */
+    _Atomic uint64_t unpunched;     /* of these: still in place after the punch (`copy`) */
     _Atomic uint64_t faults;        /* fault: messages read */
     _Atomic uint64_t requests;      /* fault: pages asked of the source */
     _Atomic uint64_t late_faults;   /* fault: page was there when the message was read */

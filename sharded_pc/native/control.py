@@ -52,6 +52,7 @@ class ShardCounters:
     urgent: int
     wakes: int
     discarded: int
+    unpunched: int
     faults: int
     requests: int
     late_faults: int

@@ -9,6 +9,8 @@
 #include "map.h"
 #include "uffd.h"
 
+enum { NO_GUEST = SP_MAX_GUESTS };
+
 sp_guests *sp_guests_new(sp_control *c)
 {
     sp_guests *g = calloc(1, sizeof *g);
@@ -64,12 +66,18 @@ static bool give_by_continue(const sp_guests *g, uint32_t block, uint64_t page)
     return given;
 }
 
-static unsigned active_guests(const sp_guests *g)
+/* The slot of the only guest there is; NO_GUEST if there are several, or none. */
+static uint32_t only_guest(const sp_guests *g)
 {
-    unsigned n = 0;
-    for (uint32_t slot = 0; slot < SP_MAX_GUESTS; slot++)
-        n += atomic_load(&g->peers[slot].active);
-    return n;
+    uint32_t found = NO_GUEST;
+    for (uint32_t slot = 0; slot < SP_MAX_GUESTS; slot++) {
+        if (!atomic_load(&g->peers[slot].active))
+            continue;
+        if (found != NO_GUEST)
+            return NO_GUEST;
+        found = slot;
+    }
+    return found;
 }
 
 static void wake_all(const sp_guests *g, uint32_t block, uint64_t page)
@@ -82,16 +90,12 @@ static void wake_all(const sp_guests *g, uint32_t block, uint64_t page)
 }
 
 /* One call through the only guest's own userfaultfd fills, maps and wakes. */
-static bool fill_only_guest(const sp_guests *g, uint32_t block, uint64_t page, const uint8_t *src)
+static bool fill_guest(const sp_guests *g, uint32_t slot, uint32_t block, uint64_t page,
+                       const uint8_t *src)
 {
     sp_fill_result res;
     sp_window at;
-    uint32_t slot = 0;
-    if (active_guests(g) != 1)
-        return false;
-    while (slot < SP_MAX_GUESTS - 1 && !atomic_load(&g->peers[slot].active))
-        slot++;
-    if (!window(g, slot, block, page, &at))
+    if (slot == NO_GUEST || !window(g, slot, block, page, &at))
         return false;
     uint64_t to = at.base + page * SP_PAGE_BYTES;
     sp_fill fill = src ? sp_uffd_copy(at.uffd, to, (uint64_t)(uintptr_t)src, SP_PAGE_BYTES, 1, &res)
@@ -102,11 +106,13 @@ static bool fill_only_guest(const sp_guests *g, uint32_t block, uint64_t page, c
 static bool give_by_copy(const sp_guests *g, sp_word *received, uint32_t block, uint64_t page,
                          const uint8_t *src)
 {
-    if (!fill_only_guest(g, block, page, src))
+    uint32_t slot = only_guest(g);
+    if (!fill_guest(g, slot, block, page, src))
         return false;
     sp_bits_set(received, g->control->blocks[block].first_bit + page, 1);
-    /* A guest that came meanwhile may have looked at `received` before it was set. */
-    if (active_guests(g) != 1)
+    /* A guest that came meanwhile, beside the other or in its place, may have looked at `received`
+     * before it was set. */
+    if (only_guest(g) != slot)
         wake_all(g, block, page);
     return true;
 }

@@ -9,7 +9,9 @@
 #include "uffd.h"
 #include "worker.h"
 
-enum { IDLE_MS = 1000 };
+enum { IDLE_MS = 1000, PUNCHES = 4 };
+
+static const uint8_t ZEROS[SP_PAGE_BYTES];
 
 static uint64_t bit_of(const sp_worker *w, uint32_t block, uint64_t page)
 {
@@ -59,6 +61,22 @@ static uint64_t missing_run(sp_worker *w, uint32_t block, uint64_t page, uint64_
     return 0;
 }
 
+/* A page that a punch left in place is overwritten before anybody may look: READY waits for it.  Not
+ * so a page that stands there for another reason: a predecessor died between the copy and the mark,
+ * and its guest may have written there since. */
+static int overwrite(sp_worker *w, uint32_t block, uint64_t page, const uint8_t *src)
+{
+    off_t at = (off_t)(page * SP_PAGE_BYTES);
+    for (size_t done = 0; done < SP_PAGE_BYTES;) {
+        ssize_t n = pwrite(w->fd[block], src + done, SP_PAGE_BYTES - done, at + (off_t)done);
+        if (n < 0 && errno != EINTR)
+            return -errno;
+        done += n > 0 ? (size_t)n : 0;
+    }
+    sp_bits_clear(w->written, bit_of(w, block, page), 1);
+    return 0;
+}
+
 int sp_place_pages(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages, const uint8_t *src)
 {
     sp_counters *n = &w->shard->counters;
@@ -72,7 +90,13 @@ int sp_place_pages(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages, 
                 w->err_bit = bit_of(w, block, page);
                 return -res.err;
             }
-            /* Present though not marked: a predecessor died between the copy and the mark. */
+            if (fill == SP_FILL_PRESENT && sp_bit_test(w->written, bit_of(w, block, page))) {
+                int rc = overwrite(w, block, page, src);
+                if (rc) {
+                    w->err_bit = bit_of(w, block, page);
+                    return rc;
+                }
+            }
             done = fill == SP_FILL_PRESENT ? 1 : res.done / SP_PAGE_BYTES;
             sp_count(&n->copies, 1);
             sp_count(&n->pages, done);
@@ -110,9 +134,10 @@ int sp_place_zero(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages)
         uint64_t done = 1, run = missing_run(w, block, page, pages);
         if (run) {
             uint64_t bit = bit_of(w, block, page);
-            bool waited = sp_bit_test(w->requested, bit);
-            done = waited ? 1 : sp_bits_run(w->requested, bit, run);
-            int rc = waited ? sp_fill_hole(w, block, page) : 0;
+            bool waited = sp_bit_test(w->requested, bit), stands = sp_bit_test(w->written, bit);
+            done = sp_bits_run(w->requested, bit, sp_bits_run(w->written, bit, run));
+            done = waited || stands ? 1 : done;
+            int rc = stands ? overwrite(w, block, page, ZEROS) : waited ? sp_fill_hole(w, block, page) : 0;
             if (rc) {
                 w->err_bit = bit;
                 return rc;
@@ -126,13 +151,42 @@ int sp_place_zero(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages)
     return 0;
 }
 
+static off_t next_data(const sp_worker *w, uint32_t block, off_t from, off_t end)
+{
+    off_t found = lseek(w->fd[block], from, SEEK_DATA);
+    return found < 0 || found > end ? end : found;
+}
+
+/* Remembers which pages of a range are no holes. */
+static void note_standing(sp_worker *w, uint32_t block, off_t at, off_t end)
+{
+    while ((at = next_data(w, block, at, end)) < end) {
+        off_t hole = lseek(w->fd[block], at, SEEK_HOLE);
+        hole = hole < 0 || hole > end ? end : hole;
+        uint64_t page = (uint64_t)at / SP_PAGE_BYTES;
+        uint64_t pages = ((uint64_t)hole + SP_PAGE_BYTES - 1) / SP_PAGE_BYTES - page;
+        sp_bits_set(w->written, bit_of(w, block, page), pages);
+        sp_count(&w->shard->counters.unpunched, pages);
+        at = hole;
+    }
+}
+
+/* Part of a huge page that somebody holds a reference to is not punched: the kernel only zeroes it
+ * (mm/truncate.c truncate_inode_partial_folio), and says nothing. */
 int sp_discard_pages(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages)
 {
+    off_t at = (off_t)(page * SP_PAGE_BYTES), end = at + (off_t)(pages * SP_PAGE_BYTES);
     sp_bits_clear(w->received, bit_of(w, block, page), pages);
     sp_count(&w->shard->counters.discarded, pages);
-    int rc = fallocate(w->fd[block], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                       (off_t)(page * SP_PAGE_BYTES), (off_t)(pages * SP_PAGE_BYTES));
-    return rc ? -errno : 0;
+    for (int tries = PUNCHES; tries; tries--) {
+        if (fallocate(w->fd[block], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, end - at))
+            return -errno;
+        if (next_data(w, block, at, end) == end)
+            return 0;
+        sched_yield(); /* most references are held for a moment */
+    }
+    note_standing(w, block, at, end);
+    return 0;
 }
 
 static const uint8_t *tmp_page(const sp_worker *w, uint64_t slot)

@@ -25,16 +25,19 @@ class Shard:
         index: int,
         received: Bitmap,
         requested: Bitmap,
+        written: Bitmap,
         pool,
         uffd: Uffd | None,
     ) -> None:
         """`uffd`: this process's own, None with `continue`, which needs no mapping here."""
         self.index = index
-        self._keep = (control, received, requested, uffd)
+        self._keep = (control, received, requested, written, uffd)
         self._views: list = []
         pool_view = self._view(pool)
         fd = -1 if uffd is None else uffd.fd
-        raw = lib.sp_worker_new(control.raw, index, pool_view, received.raw, requested.raw, fd)
+        raw = lib.sp_worker_new(
+            control.raw, index, pool_view, received.raw, requested.raw, written.raw, fd
+        )
         self.raw = ffi.gc(ensure_object(raw, "allocate a worker"), lib.sp_worker_free)
 
     def _view(self, buffer):

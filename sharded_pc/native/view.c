@@ -56,6 +56,7 @@ int sp_view_shard(sp_control *c, uint32_t index, sp_shard_view *v)
     v->second_pages = met_again;
     COPY(n, wakes);
     COPY(n, discarded);
+    COPY(n, unpunched);
     COPY(n, faults);
     COPY(n, requests);
     COPY(n, late_faults);

@@ -18,7 +18,7 @@ typedef struct sp_totals_view {
 
 typedef struct sp_shard_view {
     uint64_t pages, zero_pages, second_pages, copies, mapped, urgent, wakes, discarded;
-    uint64_t faults, requests, late_faults, latency_ns;
+    uint64_t unpunched, faults, requests, late_faults, latency_ns;
     uint64_t latency[SP_LATENCY_BUCKETS];
     uint64_t queued; /* descriptors in the background ring */
     uint64_t discards_sent, discards_done;

@@ -15,7 +15,7 @@
 #include "uffd_abi.h"
 
 sp_worker *sp_worker_new(sp_control *c, uint32_t index, uint8_t *pool, sp_word *received,
-                         sp_word *requested, int uffd)
+                         sp_word *requested, sp_word *written, int uffd)
 {
     sp_worker *w = calloc(1, sizeof *w);
     if (!w)
@@ -26,6 +26,7 @@ sp_worker *sp_worker_new(sp_control *c, uint32_t index, uint8_t *pool, sp_word *
     w->pool = pool;
     w->received = received;
     w->requested = requested;
+    w->written = written;
     w->uffd = uffd;
     w->back_fd = -1;
     return w;

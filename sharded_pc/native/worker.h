@@ -31,6 +31,7 @@ typedef struct sp_worker {
                     * the fault loops start */
     uint8_t *pool; /* this shard's tmp pages */
     sp_word *received, *requested;
+    sp_word *written; /* `copy`: pages that stand there though they are not received; writer: placement */
     int uffd;      /* this process's own, on its own mapping of every block; -1: `continue` */
     uint8_t *base[SP_MAX_BLOCKS];
     int fd[SP_MAX_BLOCKS];
@@ -45,7 +46,7 @@ typedef struct sp_worker {
 /* `uffd`: blocking, from sp_uffd_open, -1 with `continue`.  The worker owns no mapping; Python
  * unmaps. */
 sp_worker *sp_worker_new(sp_control *c, uint32_t index, uint8_t *pool, sp_word *received,
-                         sp_word *requested, int uffd);
+                         sp_word *requested, sp_word *written, int uffd);
 void sp_worker_free(sp_worker *w);
 /* Makes a block known and registers this process's mapping of it (MISSING); with `continue` there is
  * none (NULL).  0 or -errno. */

@@ -63,6 +63,7 @@ def shard_info(index: int, shard: ShardCounters) -> dict:
         "mapped-pages": shard.mapped,
         "wakes": shard.wakes,
         "discarded-pages": shard.discarded,
+        "unpunched-pages": shard.unpunched,
         "restarts": shard.restarts,
         "memory": process_memory(shard.pid),
         "postcopy-latency-dist": list(shard.latency),

@@ -1,6 +1,8 @@
 /* `continue`: random streams through a socket straight into the segments.  What is not received may
- * hold anything; what is received holds exactly what was sent, and in postcopy never changes. */
+ * hold anything; what is received holds exactly what was sent, and in postcopy never changes but by
+ * the guest, which writes to it and drops pages (a balloon) whenever it likes. */
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -17,6 +19,7 @@ static const char *const NAMES[WORLD_BLOCKS] = {"pc.ram", "pc.bios"};
 typedef struct model {
     uint8_t version[WORLD_BLOCKS][256];
     uint8_t held[WORLD_BLOCKS][256];
+    uint8_t dropped[WORLD_BLOCKS][256]; /* by the guest, which has not written there since */
     uint8_t *seen[WORLD_BLOCKS];
     uint32_t last_block;
     uint64_t random;
@@ -55,7 +58,7 @@ static void check_received(const world *w, model *m)
             uint8_t *seen = m->seen[b] + n * SP_PAGE_BYTES, *page = page_of(w, b, n);
             int here = sp_bit_test(w->received, world_bit(w, b, n));
             CHECK(here || !m->held[b][n]); /* it stays */
-            if (!here)
+            if (!here || m->dropped[b][n])
                 continue;
             if (m->held[b][n]) {
                 CHECK_EQ(memcmp(seen, page, SP_PAGE_BYTES), 0);
@@ -77,8 +80,29 @@ static void check_exactly(const world *w, const model *m)
         for (uint64_t n = 0; n < WORLD_PAGES[b]; n++) {
             uint8_t v = m->version[b][n];
             CHECK_EQ(sp_bit_test(w->received, world_bit(w, b, n)), v > 0);
-            if (v)
+            if (v && !m->held[b][n] && !m->dropped[b][n])
                 CHECK_EQ(sp_oracle_check(page_of(w, b, n), SEED, b, n, (uint8_t)(v - 1)), -1);
+        }
+    }
+}
+
+/* What the guest does between two chunks: it drops pages, wherever the stream is, and writes to
+ * those that it can see. */
+static void guest_acts(world *w, model *m)
+{
+    for (uint64_t n = random_below(&m->random, 4); n; n--) {
+        uint32_t b = random_below(&m->random, 8) == 0;
+        uint64_t page = random_below(&m->random, WORLD_PAGES[b]);
+        if (random_below(&m->random, 2)) {
+            CHECK_EQ(fallocate(w->fd[b], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                               (off_t)(page * SP_PAGE_BYTES), SP_PAGE_BYTES), 0);
+            m->dropped[b][page] = 1;
+        } else if (sp_bit_test(w->received, world_bit(w, b, page))) {
+            uint8_t *seen = m->seen[b] + page * SP_PAGE_BYTES;
+            memset(seen, (int)random_below(&m->random, 256), SP_PAGE_BYTES);
+            memcpy(page_of(w, b, page), seen, SP_PAGE_BYTES);
+            m->dropped[b][page] = 0;
+            m->held[b][page] = 1;
         }
     }
 }
@@ -127,8 +151,10 @@ static void feed(world *w, model *m, const uint8_t *bytes, size_t size)
         CHECK_EQ(sp_ram_records(w->ram), SP_AGAIN);
         uint64_t told = work(w);
         CHECK(w->ram->postcopy || told == 0);
-        if (w->ram->postcopy)
+        if (w->ram->postcopy) {
+            guest_acts(w, m);
             check_received(w, m);
+        }
         bytes += n;
         size -= n;
     }

@@ -1,0 +1,47 @@
+"""Pages that must be here before a guest may run, though nobody has faulted on them: those of
+blocks that a destination keeps in memory of its own, and those that a discard's punch left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from sharded_pc.memory import GuestMemory
+
+LOOK_SECONDS = 0.001
+"""The placing processes have no way to call us."""
+
+Span = tuple[int, int, int]
+"""Block, first page, pages."""
+
+
+class AwaitedPages:
+    """Spans of missing pages, asked for and waited for once."""
+
+    def __init__(self, memory: GuestMemory, spans: Iterable[Span]) -> None:
+        self._memory = memory
+        self._spans = list(spans)
+
+    def __len__(self) -> int:
+        """Pages."""
+        return sum(pages for _, _, pages in self._spans)
+
+    async def arrive(self, request: Callable[[int, int, int], None]) -> None:
+        """Asks the source by `request(block, page, pages)`, which may block, and returns when all
+        are here.  The caller sets the time limit."""
+        for block, page, pages in self._spans:
+            self._memory.requested.set(self._bit(block, page), pages)
+        await asyncio.to_thread(self._ask, request)
+        while not all(map(self._is_here, self._spans)):
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _ask(self, request: Callable[[int, int, int], None]) -> None:
+        for span in self._spans:
+            request(*span)
+
+    def _is_here(self, span: Span) -> bool:
+        block, page, pages = span
+        return self._memory.received.count(self._bit(block, page), pages) == pages
+
+    def _bit(self, block: int, page: int) -> int:
+        return self._memory.control.block(block)[2] + page
