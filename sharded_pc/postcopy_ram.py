@@ -85,16 +85,32 @@ class MigrationIncomingState:
 
     def host(self, rb: str, offset: int) -> int:
         """QEMU's `host` pointer: the address of a block's byte in this process's mapping."""
-        return self._started().shard.address(self.geometry.index(rb)) + offset
+        return self._started().shard.address(self._index(rb)) + offset
+
+    def _index(self, rb: str) -> int:
+        """LocalProtocolError if there is no such block."""
+        try:
+            return self.geometry.index(rb)
+        except KeyError:
+            known = ", ".join(repr(block.name) for block in self.geometry.blocks)
+            raise LocalProtocolError(f"unknown block {rb!r}; there are {known}") from None
 
     def owns(self, rb: str, offset: int) -> bool:
         """This process's shard places the page."""
+        self._index(rb)
         return self.geometry.shard_of(rb, offset // PAGE_BYTES) == self.shard
 
     def ram_discard_range(self, rb: str, start: int, length: int) -> int:
         """What a received discard asks for (QEMU migration/ram.c): drops the pages of [start,
-        start + length) that are this shard's; the other shards drop theirs."""
-        index, shard = self.geometry.index(rb), self._started().shard
+        start + length) that are this shard's; the other shards drop theirs.  LocalProtocolError
+        unless that is whole pages of the block."""
+        index, shard = self._index(rb), self._started().shard
+        size = self.geometry.block(rb).size
+        if start % PAGE_BYTES or length % PAGE_BYTES or not 0 <= start <= start + length <= size:
+            raise LocalProtocolError(
+                f"discard of {length:#x} bytes at {start:#x} is not whole pages of block {rb!r} of "
+                f"{size:#x} bytes"
+            )
         for extent in self.geometry.extents():
             first = max(extent.offset, start)
             end = min(extent.offset + extent.size, start + length)
@@ -122,13 +138,14 @@ class MigrationIncomingState:
     def page(self, host_address: int, rb: str) -> tuple[int, int]:
         """(block index, page) of a host address; LocalProtocolError if it is not a page of `rb`
         that this shard places."""
+        index = self._index(rb)
         offset = host_address - self.host(rb, 0)
         size = self.geometry.block(rb).size
         if offset % PAGE_BYTES or not 0 <= offset < size or not self.owns(rb, offset):
             raise LocalProtocolError(
                 f"host address {host_address:#x} is no page of block {rb!r} in shard {self.shard}"
             )
-        return self.geometry.index(rb), offset // PAGE_BYTES
+        return index, offset // PAGE_BYTES
 
     def close(self) -> None:
         """Forgets the memory; the process that created it removes it."""
@@ -170,9 +187,13 @@ def postcopy_ram_enable_notify(mis: MigrationIncomingState) -> int:
     return 0
 
 
-def postcopy_ram_incoming_init(mis: MigrationIncomingState) -> int:
+def postcopy_ram_incoming_init(mis: MigrationIncomingState, ram_pages: int) -> int:
     """Called before any precopy data: leaves all of this shard's RAM discarded, ready for postcopy
-    at any later time.  HostError."""
+    at any later time.  `ram_pages` is how many pages the caller takes the RAM to have, all blocks
+    together.  HostError; LocalProtocolError if it is not what the memory was made for."""
+    expected = mis.geometry.total // PAGE_BYTES
+    if ram_pages != expected:
+        raise LocalProtocolError(f"RAM of {ram_pages} pages, but its blocks have {expected}")
     if mis.worker is not None:
         raise LocalProtocolError("postcopy_ram_incoming_init was called already")
     mis.worker = ShardWorker(mis.memory, mis.shard)

@@ -105,7 +105,7 @@ def place(mis: pc.MigrationIncomingState, name: str, offset: int) -> None:
 def prepare(mis: pc.MigrationIncomingState) -> None:
     """incoming_init, precopy, discards."""
     assert pc.postcopy_ram_supported_by_host(mis), mis.unsupported
-    assert pc.postcopy_ram_incoming_init(mis) == 0
+    assert pc.postcopy_ram_incoming_init(mis, mis.geometry.total // PAGE_BYTES) == 0
     for block in range(len(BLOCKS)):
         precopy(mis, block)
     assert pc.postcopy_ram_prepare_discard(mis) == 0
@@ -242,7 +242,7 @@ def content(mis: pc.MigrationIncomingState, page: int) -> bytes:
 def test_a_second_arrival_changes_nothing(unique_name):
     """Invariant 2: between two discards of it a page is placed once."""
     with pc.MigrationIncomingState.create(unique_name, BLOCKS[:1]) as mis:
-        pc.postcopy_ram_incoming_init(mis)
+        pc.postcopy_ram_incoming_init(mis, mis.geometry.total // PAGE_BYTES)
         host = mis.host("pc.ram", 0)
         pc.postcopy_place_page(mis, host, b"a" * PAGE_BYTES, "pc.ram")
         pc.postcopy_place_page(mis, host, b"b" * PAGE_BYTES, "pc.ram")
@@ -261,9 +261,22 @@ def test_misuse_is_named(unique_name):
     with pc.MigrationIncomingState.create(unique_name, BLOCKS[:1]) as mis:
         with pytest.raises(LocalProtocolError, match="incoming_init"):
             pc.postcopy_get_tmp_page(mis)
-        pc.postcopy_ram_incoming_init(mis)
+        with pytest.raises(LocalProtocolError, match="RAM of 7 pages, but its blocks have 1280"):
+            pc.postcopy_ram_incoming_init(mis, 7)
+        pc.postcopy_ram_incoming_init(mis, mis.geometry.total // PAGE_BYTES)
+        for start, length in ((5, PAGE_BYTES), (0, 100), (5 << 20, PAGE_BYTES), (-4096, 4096)):
+            with pytest.raises(LocalProtocolError, match="not whole pages of block 'pc.ram'"):
+                mis.ram_discard_range("pc.ram", start, length)
+        for use in (
+            lambda: mis.ram_discard_range("none", 0, PAGE_BYTES),
+            lambda: mis.host("none", 0),
+            lambda: mis.owns("none", 0),
+            lambda: pc.postcopy_place_page_zero(mis, 0, "none"),
+        ):
+            with pytest.raises(LocalProtocolError, match="unknown block 'none'; there are 'pc.ram"):
+                use()
         with pytest.raises(LocalProtocolError, match="already"):
-            pc.postcopy_ram_incoming_init(mis)
+            pc.postcopy_ram_incoming_init(mis, mis.geometry.total // PAGE_BYTES)
         with pytest.raises(LocalProtocolError, match="no page of block"):
             pc.postcopy_place_page_zero(mis, mis.host("pc.ram", 5 << 20), "pc.ram")
         with pytest.raises(LocalProtocolError, match="expected 4096"):
@@ -272,6 +285,6 @@ def test_misuse_is_named(unique_name):
 
 def test_cleanup_after_init_only(unique_name):
     with pc.MigrationIncomingState.create(unique_name, BLOCKS) as mis:
-        pc.postcopy_ram_incoming_init(mis)
+        pc.postcopy_ram_incoming_init(mis, mis.geometry.total // PAGE_BYTES)
         pc.postcopy_ram_incoming_cleanup(mis)
         assert pc.postcopy_ram_incoming_cleanup(mis) == 0

@@ -23,7 +23,7 @@ BLOCK = RamBlock("pc.ram", 2 << 20)
 @pytest.fixture
 def mis(unique_name):
     with pc.MigrationIncomingState.create(unique_name, [BLOCK]) as state:
-        pc.postcopy_ram_incoming_init(state)
+        pc.postcopy_ram_incoming_init(state, state.geometry.total // PAGE_BYTES)
         yield state
 
 

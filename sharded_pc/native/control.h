@@ -15,7 +15,7 @@
 #include "bitmap.h"
 #include "ring.h"
 
-#define SP_CONTROL_MAGIC 0x6374726c73706332ULL /* "ctrlspc2" */
+#define SP_CONTROL_MAGIC 0x6374726c73706333ULL /* "ctrlspc3" */
 #define SP_PAGE_BYTES 4096u
 #define SP_POOL_SLOTS 256u /* tmp pages of a shard: 1 MiB, the most a requested page waits behind */
 #define SP_MAX_BLOCKS 250u /* an attaching guest gets one descriptor per block in one message */
