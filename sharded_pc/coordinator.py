@@ -86,6 +86,8 @@ class Settings:
     control: str | None = None
     record: str | None = None
     keep: bool = False
+    reserve: bool = False
+    """all RAM is allocated when the block list is here"""
     status_fd: int | None = None
     stripe_bytes: int | None = None
     """None: geometry.default_stripe_bytes"""
@@ -419,7 +421,10 @@ class Coordinator:
         host.require_memory(geometry.total)
         placement, reason = host.choose_placement(self.settings.placement, geometry.total)
         log.info("placement %s: %s", placement, reason)
-        self.memory.define(geometry, placement, reason)
+        if self.settings.reserve and placement is Placement.COPY:
+            raise HostError(f"--reserve needs placement continue: {reason}")
+        reserve = self.settings.reserve
+        await asyncio.to_thread(self.memory.define, geometry, placement, reason, reserve=reserve)
         for index, block in enumerate(self.memory.blocks):
             self.guests.use_block(index, block.fd)
         if placement is Placement.CONTINUE:

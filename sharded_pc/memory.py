@@ -101,15 +101,18 @@ class GuestMemory:
         geometry: Geometry,
         placement: Placement = Placement.COPY,
         reason: str = "as asked",
+        *,
+        reserve: bool = False,
     ) -> None:
         """Makes the blocks and bitmaps; HostError.  On failure nothing of it stays.  `reason`: why
-        this placement, at most 159 bytes."""
+        this placement, at most 159 bytes.  `reserve`: allocates the blocks now (`continue`: with
+        `copy` nobody would wait for what is there)."""
         assert self.geometry is None
         made: list[Segment] = []
         try:
             for block in geometry.blocks:
                 name = shm.block_segment_name(self.name, block.name)
-                made.append(Segment.create(name, block.size))
+                made.append(Segment.create(name, block.size, reserve=reserve))
             bits = sum(-(-block.pages // 64) * 64 for block in geometry.blocks)
             size = bits // 8 * BITMAP_COUNT
             made.append(Segment.create(f"/{self.name}{shm.BITMAPS}", size, reserve=True))

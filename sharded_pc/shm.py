@@ -149,6 +149,15 @@ class Segment:
             posix_ipc.unlink_shared_memory(self.name)
 
 
+def missing_bytes(name: str) -> int:
+    """How much of a segment's size is not allocated; 0 if it is gone."""
+    try:
+        found = (ROOT / name.lstrip("/")).stat()
+    except FileNotFoundError:
+        return 0
+    return max(found.st_size - found.st_blocks * 512, 0)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Leftover:
     """What stands in shared memory under one receiver's name."""

@@ -41,6 +41,12 @@ def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", action="store_true", help="leave the RAM in shared memory on exit"
     )
+    parser.add_argument(
+        "--reserve",
+        action="store_true",
+        help="allocate all of the RAM before the source sends it: a /dev/shm that fills up later "
+        "cannot end the guest",
+    )
     parser.add_argument("--status-fd", type=int, metavar="N", help="gets one byte when listening")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     parser.add_argument("--no-progress", action="store_true", help="no progress on standard error")
@@ -60,6 +66,11 @@ def settings_of(args: argparse.Namespace) -> Settings:
             os.fstat(args.status_fd)
         except OSError:
             raise UsageError(f"--status-fd {args.status_fd}: that descriptor is not open") from None
+    if args.reserve and args.placement == "copy":
+        raise UsageError(
+            "--reserve: with --placement copy memory is allocated page by page as it arrives; use "
+            "--placement continue"
+        )
     name = args.name or f"guest-{os.getpid()}"
     return Settings(
         incoming=address.parse(args.incoming),
@@ -70,6 +81,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         control=args.control,
         record=args.record,
         keep=args.keep,
+        reserve=args.reserve,
         status_fd=args.status_fd,
     )
 
@@ -111,6 +123,9 @@ class Session:
         ready = isinstance(address, FileAddress | FdAddress | ExecAddress)
         print(f"{'reading from' if ready else 'listening on'} {address}", file=sys.stderr)
         print(f"guests attach at {self._settings.attach}", file=sys.stderr, flush=True)
+        if not self._settings.reserve:
+            print("RAM is taken from /dev/shm as it is touched; --reserve takes it all at once",
+                  file=sys.stderr, flush=True)  # fmt: skip
 
     async def run(self, afterwards: Callable[[Session], Awaitable[int]]) -> int:
         """Receives; then `afterwards(session)` gives the exit code of a migration that has

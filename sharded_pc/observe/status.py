@@ -48,6 +48,13 @@ def _ram(ram: Geometry | None, totals: Totals, received: list[int]) -> dict:
     }
 
 
+def _unreserved(name: str, ram: Geometry) -> int:
+    """Bytes of RAM that /dev/shm has not given yet: a guest that touches them when it is full dies
+    by SIGBUS."""
+    sizes = (shm.missing_bytes(shm.block_segment_name(name, block.name)) for block in ram.blocks)
+    return sum(sizes)
+
+
 def shard_info(index: int, shard: ShardCounters) -> dict:
     return {
         "shard": index,
@@ -108,6 +115,7 @@ def migration_info(
             "placement-reason": control.placement_reason,
             "guests": control.view.n_guests,
             "spills": totals.spills,
+            "unreserved": _unreserved(name, ram) if ram else None,
             "stripe-size": ram.stripe_bytes if ram else None,
             "memory": process_memory(control.view.owner),
             "huge-pages": huge,
