@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -218,14 +219,17 @@ class QemuDestination:
             await asyncio.sleep(0.001)
 
     def _names(self) -> list[tuple[RamBlock, int]]:
-        """All blocks under the destination's names, with their addresses."""
+        """All blocks under the destination's names, with their addresses (MemoryRegion.addr, which
+        QEMU compares): backends of the machine's RAM follow each other."""
         assert self._plan is not None and self._memory.geometry is not None
         backends = {backend.block.name: backend for backend in self._plan.backends}
+        sizes = [backend.block.size for backend in self._plan.backends]
+        addresses = dict(zip(backends, itertools.accumulate(sizes, initial=0), strict=False))
         out = []
         for block in self._memory.geometry.blocks:
             backend = backends.get(block.name)
             name = backend.id if backend else block.name
-            out.append((RamBlock(name, block.size), backend.address if backend else 0))
+            out.append((RamBlock(name, block.size), addresses.get(block.name, 0)))
         return out
 
     def _send_stream(self, machine: str, devices: bytes) -> None:
