@@ -159,6 +159,12 @@ NUMA = (
     "-numa", "node,memdev=left", "-numa", "node,memdev=right.1",
 )  # fmt: skip
 """Sizes at which a QEMU 10.0.2 source aborts if its guest writes (tlb_reset_dirty_range_all)."""
+NAMED_BY_PATH = (
+    "-machine", "memory-backend=mem0", "-object",
+    '{"qom-type":"memory-backend-memfd","id":"mem0","size":67108864,'
+    '"host-nodes":[0],"policy":"bind","merge":false,"reserve":false}',
+)  # fmt: skip
+"""With a machine type before 4.0 the block is /objects/mem0."""
 BACKEND = ("-machine", "memory-backend=mem0", "-object", "memory-backend-ram,id=mem0,size=64M")
 
 
@@ -172,9 +178,12 @@ class TestResume:
 
     @pytest.mark.parametrize(
         ("machine", "extra"),
-        [("pc", DEVICES), ("q35", DEVICES), ("pc", BACKEND), ("q35", NUMA)],
-        ids=["pc-devices", "q35-devices", "memory-backend", "numa"],
-    )
+        [
+            ("pc", DEVICES), ("q35", DEVICES), ("pc", BACKEND), ("q35", NUMA),
+            ("pc-i440fx-3.1", NAMED_BY_PATH),
+        ],
+        ids=["pc-devices", "q35-devices", "memory-backend", "numa", "named-by-path"],
+    )  # fmt: skip
     def test_command_line(self, tmp_path, unique_name, binary, machine, extra):
         both = {"machine": machine, "extra": extra, "smp": 2}
         writes = False if extra == NUMA else None
