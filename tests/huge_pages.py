@@ -2,8 +2,8 @@
 
     unshare --mount python -m tests.huge_pages PLACEMENT HUGE [held]
 
-prints the receiver's info as JSON.  The mount, with huge=HUGE, is this process's alone and goes with
-it.  `held`: somebody has references to the huge pages while discards are punched.
+prints the receiver's info as JSON.  The mount, with huge=HUGE, is this process's alone and goes
+with it.  `held`: somebody has references to the huge pages while discards are punched.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ class Destination(QemuVm):
     """The QEMU of a ``Runner``. Give it what the source was given."""
 
     runner: Runner
+    front: tuple[str, ...] = ()
+    """what stands in front of it: a shell, `nice`"""
 
     def start(self) -> Destination:
         """Connects to its QMP; it is there once the source has told its blocks."""
@@ -89,7 +91,9 @@ class Runner(Receiver):
 
     def behind_options(self) -> list[str]:
         guest = self.guest
-        return ["--", *(guest.command() if isinstance(guest, Destination) else guest)]
+        if isinstance(guest, Destination):
+            return ["--", *guest.front, *guest.command()]
+        return ["--", *guest]
 
     def environment(self) -> dict[str, str]:
         ours = {"TMPDIR": str(self._temporary)}

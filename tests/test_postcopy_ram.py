@@ -265,7 +265,7 @@ def test_misuse_is_named(unique_name):
             pc.postcopy_ram_incoming_init(mis, 7)
         pc.postcopy_ram_incoming_init(mis, mis.geometry.total // PAGE_BYTES)
         for start, length in ((5, PAGE_BYTES), (0, 100), (5 << 20, PAGE_BYTES), (-4096, 4096)):
-            with pytest.raises(LocalProtocolError, match="not whole pages of block 'pc.ram'"):
+            with pytest.raises(LocalProtocolError, match=r"not whole pages of block 'pc.ram'"):
                 mis.ram_discard_range("pc.ram", start, length)
         for use in (
             lambda: mis.ram_discard_range("none", 0, PAGE_BYTES),
@@ -273,7 +273,7 @@ def test_misuse_is_named(unique_name):
             lambda: mis.owns("none", 0),
             lambda: pc.postcopy_place_page_zero(mis, 0, "none"),
         ):
-            with pytest.raises(LocalProtocolError, match="unknown block 'none'; there are 'pc.ram"):
+            with pytest.raises(LocalProtocolError, match=r"unknown block 'none'; there are"):
                 use()
         with pytest.raises(LocalProtocolError, match="already"):
             pc.postcopy_ram_incoming_init(mis, mis.geometry.total // PAGE_BYTES)

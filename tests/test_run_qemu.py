@@ -79,9 +79,11 @@ def seconds(event: dict[str, Any]) -> float:
 @contextmanager
 def pair(
     folder: Path, name: str, binary: QemuBinary, *, writes: bool | None = None,
-    options: tuple[str, ...] = (), differing: dict[str, Any] | None = None, **both: Any,
+    options: tuple[str, ...] = (), differing: dict[str, Any] | None = None,
+    front: tuple[str, ...] = (), **both: Any,
 ) -> Iterator[Pair]:  # fmt: skip
-    """``both`` goes to source and destination, ``differing`` to the destination instead."""
+    """``both`` goes to source and destination, ``differing`` to the destination instead;
+    ``front`` is what the destination's command line begins with."""
     both.setdefault("memory_mib", MEMORY_MIB)
     writes = binary.version >= (10,) if writes is None else writes
     image = folder / "guest.img"
@@ -89,6 +91,7 @@ def pair(
         write_image(image, both["memory_mib"], writes=writes)
     both.setdefault("image", image)
     guest = Destination(folder, "dst", binary=binary, **{**both, **(differing or {})})
+    guest.front = front
     with QemuVm(folder, "src", binary=binary, **both) as source:
         source.wait_serial("F")
         with Runner(folder, name, guest, *options) as runner:
@@ -132,7 +135,8 @@ def check_plain(vms: Pair) -> None:
 
 def only_guest(vms: Pair) -> bool:
     others = set(vms.runner.processes()) - {vms.runner.pid, vms.guest.pid}
-    return all("resource_tracker" in line for line in describe(sorted(others)))
+    known = ("resource_tracker", *vms.guest.front[-1:])
+    return all(any(word in line for word in known) for line in describe(sorted(others)))
 
 
 def check_whole(vms: Pair, ram_bytes: int = MEMORY_MIB * MIB) -> dict[str, Any]:
@@ -165,6 +169,10 @@ NAMED_BY_PATH = (
     '"host-nodes":[0],"policy":"bind","merge":false,"reserve":false}',
 )  # fmt: skip
 """With a machine type before 4.0 the block is /objects/mem0."""
+DIMM = (
+    "-m", "slots=2,maxmem=1G", "-object", "memory-backend-memfd,id=dimm0,size=32M",
+    "-device", '{"driver":"pc-dimm","memdev":"dimm0"}',
+)  # fmt: skip
 BACKEND = ("-machine", "memory-backend=mem0", "-object", "memory-backend-ram,id=mem0,size=64M")
 
 
@@ -195,6 +203,21 @@ class TestResume:
         with pair(tmp_path, unique_name, binary, differing={"extra": BACKEND}) as vms:
             info = check_whole(vms)
         assert info["blocks"][0]["name"] == "pc.ram"
+
+    def test_dimm(self, tmp_path, unique_name, binary):
+        """Its memory arrives on demand like the machine's."""
+        with pair(tmp_path, unique_name, binary, writes=False, extra=DIMM) as vms:
+            info = check_whole(vms, 96 * MIB)
+        assert {block["name"]: block["size"] for block in info["blocks"]}["dimm0"] == 32 * MIB
+
+    @pytest.mark.parametrize(
+        "front", [("nice", "-n", "1"), ("env", "A=b", "sh", "-c", '"$0" "$@"; exit $?')],
+        ids=["nice", "shell"],
+    )  # fmt: skip
+    def test_wrapper(self, tmp_path, unique_name, binary, front):
+        """As /usr/bin/kvm, or numactl; a shell may live on beside QEMU."""
+        with pair(tmp_path, unique_name, binary, front=front) as vms:
+            check_whole(vms)
 
     def test_more_workers_than_processors(self, tmp_path, unique_name, binary):
         with pair(tmp_path, unique_name, binary, options=("--workers", "4"), smp=2) as vms:

@@ -193,6 +193,33 @@ def check_stand_in(folder, name, binary, arguments, code, pattern, **options) ->
         check_source_runs(source)
 
 
+SHELL = ("sh", "-c", '"$0" "$@"; exit $?')
+
+
+class TestBehindAShell:
+    """QEMU itself is ended, and the shell with it."""
+
+    def test_failure(self, tmp_path, unique_name, binary):
+        with pair(tmp_path, unique_name, binary, front=SHELL) as vms:
+            vms.resume()
+            vms.source.kill()
+            check_error(vms.runner.finish(), 5, "connection to the source was lost")
+
+    def test_signal_afterwards(self, tmp_path, unique_name, binary):
+        with pair(tmp_path, unique_name, binary, front=SHELL) as vms:
+            vms.resume()
+            vms.complete()
+            check_goes_on(vms, 1)
+            vms.runner.signal(signal.SIGTERM)
+            assert vms.runner.finish().exit_code == 143
+
+    def test_killed(self, tmp_path, unique_name, binary):
+        with pair(tmp_path, unique_name, binary, front=SHELL) as vms:
+            vms.resume()
+            os.kill(vms.guest.pid, signal.SIGKILL)
+            check_error(vms.runner.finish(), 6, "exited with 137 while pages were missing")
+
+
 class TestWhilePagesAreMissing:
     def test_qemu_killed(self, tmp_path, unique_name, binary):
         with pair(tmp_path, unique_name, binary) as vms:
