@@ -16,6 +16,7 @@ from sharded_pc import address as addr
 from sharded_pc.errors import HostError, UsageError
 from sharded_pc.transport.accepting import BACKLOG
 from sharded_pc.transport.candidates import Candidates
+from sharded_pc.transport.liveness import watch_peer
 
 
 class Wire:
@@ -33,7 +34,7 @@ class Wire:
 def _from_socket(sock: socket.socket) -> Wire:
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        watch_peer(sock)
     sock.setblocking(False)
     return Wire(sock.fileno(), sock.fileno(), sock.close)
 
