@@ -45,13 +45,25 @@ LOCK_AGAIN_SECONDS = 0.001
 
 CONTROL, POOL, BITMAPS = "%control", "%pool", "%bitmaps"
 
+_LAST = {POOL: 1, CONTROL: 2}
+"""In what order a removal ends."""
+SEMAPHORES = "sem"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _KEPT = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._@+-")
 
 
+def is_name(name: str) -> bool:
+    """A receiver may be called so.  Not `sem`: /dev/shm/sem.NAME are other programs' semaphores."""
+    return _NAME.fullmatch(name) is not None and name != SEMAPHORES
+
+
 def check_name(name: str) -> str:
     """`name` if a receiver may be called so; UsageError."""
-    if not _NAME.fullmatch(name):
+    if name == SEMAPHORES:
+        raise UsageError(
+            f"receiver name {name!r}: {ROOT}/{name}.* are POSIX semaphores; choose another --name"
+        )
+    if not is_name(name):
         raise UsageError(
             f"receiver name {name!r}: use 1 to 64 letters, digits, '_' or '-', as in --name guest0"
         )
@@ -147,6 +159,8 @@ class Segment:
             found = posix_ipc.SharedMemory(name, read_only=read_only)
         except posix_ipc.ExistentialError:
             raise FileNotFoundError(errno.ENOENT, "no such shared memory", name) from None
+        except posix_ipc.PermissionsError:
+            raise PermissionError(errno.EACCES, "another user's shared memory", name) from None
         return cls(name, found.fd, found.size)
 
     @classmethod
@@ -203,19 +217,25 @@ class Leftover:
     @property
     def kept(self) -> bool:
         """Left on purpose by --keep, which takes the tmp pages away."""
-        return not self.alive and f"{self.name}{POOL}" not in self.files
+        has_ram = any(file.startswith(f"{self.name}.") for file in self.files)
+        return not self.alive and has_ram and f"{self.name}{POOL}" not in self.files
+
+    @property
+    def state(self) -> str:
+        """'alive', 'kept' or 'dead'."""
+        return "alive" if self.alive else "kept" if self.kept else "dead"
 
 
 def receivers() -> Iterator[Leftover]:
     """Every receiver that shared memory knows of, by its control segment."""
     for control in sorted(ROOT.glob(f"*{CONTROL}")):
         name = control.name.removesuffix(CONTROL)
-        if _NAME.fullmatch(name):
+        if is_name(name):
             try:
                 with _looked_at(name) as found:
                     pass
-            except FileNotFoundError:
-                continue  # it ended while we looked
+            except (FileNotFoundError, PermissionError):
+                continue  # it ended while we looked, or is another user's
             yield found
 
 
@@ -241,15 +261,16 @@ def _looked_at(name: str, *, shared: bool = True) -> Iterator[Leftover]:
 
 
 def remove(leftover: Leftover, also: Callable[[], None] = lambda: None) -> bool:
-    """Removes a dead receiver's files, and what `also` does; the control segment goes last, so that
-    an interrupted removal is found again.  Does nothing, and says so, if a receiver has got the
-    name since, or has left its RAM there by --keep."""
+    """Removes a dead receiver's files, and what `also` does; the control segment goes last, and the
+    tmp pages before it, so that an interrupted removal is found again and does not look kept.
+    Does nothing, and says so, if a receiver has got the name since, or has left its RAM there by
+    --keep."""
     try:
         with _looked_at(leftover.name, shared=False) as now:
             if now.alive or (now.kept and not leftover.kept):
                 return False
             also()
-            for file in sorted(now.files, key=lambda f: f.endswith(CONTROL)):
+            for file in sorted(now.files, key=lambda f: _LAST.get(f[len(now.name) :], 0)):
                 Segment(f"/{file}", -1, 0).unlink()
             return True
     except FileNotFoundError:

@@ -13,6 +13,7 @@ import pytest
 
 from sharded_pc import cli, shm
 from sharded_pc.errors import HostError
+from sharded_pc.geometry import Geometry, RamBlock
 from sharded_pc.memory import GuestMemory
 from sharded_pc.shm import Segment
 
@@ -46,6 +47,7 @@ def create(unique_name: str) -> Iterator[Callable[[], GuestMemory]]:
 def die(memory: GuestMemory, *, kept: bool = False) -> None:
     """As by SIGKILL: the lock is gone, the files stay."""
     if kept:
+        memory.define(Geometry.of((RamBlock("pc.ram", 1 << 20),), 1))
         memory.unlink_all_but_ram()
     fcntl.flock(memory._control_segment.fd, fcntl.LOCK_UN)
 
@@ -167,6 +169,23 @@ def test_the_dead_are_removed_whole(create, unique_name):
     assert shm.remove(found(unique_name), lambda: done.append(control(unique_name).exists()))
     assert done == [True], "what else was left goes first, while the name is held"
     assert list(shm.ROOT.glob(f"{unique_name}*")) == []
+
+
+def test_an_interrupted_removal_is_found_again(create, unique_name, monkeypatch):
+    """What is left of a dead one looks dead after every step, never kept."""
+    memory = create()
+    memory.define(Geometry.of((RamBlock("pc.ram", 1 << 20),), 1))
+    die(memory)
+    states: list[str] = []
+
+    def unlink(self: Segment) -> None:
+        (shm.ROOT / self.name.lstrip("/")).unlink()
+        files = tuple(path.name for path in shm._files(unique_name))
+        states.append(shm.Leftover(unique_name, files, 0, alive=False).state)
+
+    monkeypatch.setattr(Segment, "unlink", unlink)
+    assert shm.remove(found(unique_name))
+    assert states == ["dead"] * 4
 
 
 def test_who_came_after_the_look_is_left_alone(create, unique_name):
