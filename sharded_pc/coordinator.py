@@ -107,6 +107,7 @@ class _Bridge:
     def __init__(self, coordinator: Coordinator, loop: asyncio.AbstractEventLoop) -> None:
         self._coordinator = coordinator
         self._loop = loop
+        self._is_one_channel = False
 
     def _call(self, coroutine: Coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -119,7 +120,10 @@ class _Bridge:
         return self._call(self._coordinator.define(blocks))
 
     def one_channel(self) -> None:
-        self._loop.call_soon_threadsafe(self._coordinator.stop_listening)
+        """Waited for, once: a source that must not get to its switch has no head start."""
+        if not self._is_one_channel:
+            self._is_one_channel = True
+            self._call(self._coordinator.stop_listening())
 
     def open_return_path(self) -> None:
         self._coordinator.open_return_path()
@@ -304,13 +308,11 @@ class Coordinator:
         await self._listener.second_channel()
         self._end(second_channel(self.memory.control.postcopy_state.name))
 
-    def stop_listening(self) -> None:
+    async def stop_listening(self) -> None:
         """A newer source opens postcopy-preempt's channel as it switches.  It takes a refused
         connection well, but not (10.0.2) a stream that breaks at that moment."""
-        second, self._second = self._second, None
-        if second is None:
-            return
-        if second.cancel() and self._listener.is_second_silent():
+        assert self._second is not None
+        if self._second.cancel() and self._listener.is_second_silent():
             self._end(second_channel(self.memory.control.postcopy_state.name))
         self._listener.close()
 

@@ -63,7 +63,7 @@ def connected(path: str) -> socket.socket:
     return sock
 
 
-@pytest.mark.parametrize("name", ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "ECONNABORTED"])
+@pytest.mark.parametrize("name", ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "EPERM", "ECONNABORTED"])
 def test_what_passes_is_waited_for(listening, caplog, name):
     """The connection stays in the queue; one line tells, and none for a peer that gave up."""
     number = getattr(errno, name)

@@ -89,5 +89,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (OSError, MemoryError) as error:
-        print(f"sharded-pc: {error or 'out of memory'}", file=sys.stderr)
+        print(printable(f"sharded-pc: {error or 'out of memory'}"), file=sys.stderr)
         return int(ExitCode.HOST)

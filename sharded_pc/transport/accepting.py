@@ -1,7 +1,8 @@
-"""Taking connections off a listening socket, also while the system is short of something.
+"""Taking connections off a listening socket, also when that does not work for a while.
 
-accept(2): ECONNABORTED is a peer that went away in the queue; EMFILE, ENFILE, ENOBUFS and ENOMEM
-are somebody else's doing and pass.  Neither may make a receiver deaf.
+accept(2): ECONNABORTED is a peer that went away in the queue; a lack of descriptors or memory, a
+firewall's no and what the network said of a peer are somebody else's doing and pass.  None of it
+may make a receiver deaf.
 """
 
 from __future__ import annotations
@@ -17,8 +18,13 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 16
 PAUSE_SECONDS = 0.2
-"""Between two tries while the system is short: the connection stays in the queue."""
-_SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""Between two tries; the connection stays in the queue."""
+_SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_OF_THE_NETWORK = {
+    errno.EPERM, errno.EPROTO, errno.ENOPROTOOPT, errno.ENONET, errno.ENETDOWN, errno.ENETUNREACH,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH,
+}  # fmt: skip
+_PASSES = _SHORT | _OF_THE_NETWORK
 
 
 class Acceptor:
@@ -36,7 +42,7 @@ class Acceptor:
                     return found
                 await readable(self._sock)
             except OSError as error:
-                if error.errno not in _SHORT:
+                if error.errno not in _PASSES:
                     raise
                 self._tell(error)
                 await asyncio.sleep(PAUSE_SECONDS)
