@@ -46,6 +46,7 @@ from sharded_pc.observe.status import is_over, migration_info
 from sharded_pc.populate import Populator
 from sharded_pc.shards import Shards
 from sharded_pc.state import MigrationStatus
+from sharded_pc.transport.candidates import second_channel
 from sharded_pc.transport.incoming import Listener, Wire, listen
 from sharded_pc.wire import return_path
 
@@ -109,6 +110,7 @@ class _Bridge:
     def __init__(self, coordinator: Coordinator, loop: asyncio.AbstractEventLoop) -> None:
         self._coordinator = coordinator
         self._loop = loop
+        self._is_one_channel = False
 
     def _call(self, coroutine: Coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -121,7 +123,10 @@ class _Bridge:
         return self._call(self._coordinator.define(blocks))
 
     def one_channel(self) -> None:
-        self._loop.call_soon_threadsafe(self._coordinator.stop_listening)
+        """Waited for, once: a source that must not get to its switch has no head start."""
+        if not self._is_one_channel:
+            self._is_one_channel = True
+            self._call(self._coordinator.stop_listening())
 
     def open_return_path(self) -> None:
         self._coordinator.open_return_path()
@@ -304,25 +309,15 @@ class Coordinator:
     async def _refuse_second_connection(self) -> None:
         """Multifd (and 7.2's postcopy-preempt) opens its channels first of all; the source would
         wait for them for ever.  The migration fails, the source's guest goes on."""
-        try:
-            wire = await self._listener.accept()
-        except OSError as error:  # out of descriptors, say
-            log.warning("a second connection could not be taken: %s", error)
-            return
-        wire.close()
-        self._end(
-            RemoteProtocolError(
-                "the source opened a second connection (multifd or postcopy-preempt): turn these "
-                "capabilities off",
-                state=self.memory.control.postcopy_state.name,
-            )
-        )
+        await self._listener.second_channel()
+        self._end(second_channel(self.memory.control.postcopy_state.name))
 
-    def stop_listening(self) -> None:
+    async def stop_listening(self) -> None:
         """A newer source opens postcopy-preempt's channel as it switches.  It takes a refused
         connection well, but not (10.0.2) a stream that breaks at that moment."""
         assert self._second is not None
-        self._second.cancel()
+        if self._second.cancel() and self._listener.is_second_silent():
+            self._end(second_channel(self.memory.control.postcopy_state.name))
         self._listener.close()
 
     def _announce(self) -> None:

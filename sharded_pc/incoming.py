@@ -127,13 +127,15 @@ class Incoming:
             self._control.note_transferred(self._stream.offset)
 
     def _wire_closed(self) -> Exception:
-        where = self._stream.offset
+        where, broken_by = self._stream.offset, self._stream.broken_by
+        lost = "the connection to the source was lost" + (f" ({broken_by})" if broken_by else "")
         if listening(self.state):
-            missing = self._missing()
             return ConnectionLost(
-                f"the connection to the source was lost at stream offset {where} in postcopy state "
-                f"{self.state.name}: {missing} pages are still there"
+                f"{lost} at stream offset {where} in postcopy state {self.state.name}: "
+                f"{self._missing()} pages are still there"
             )
+        if broken_by:
+            return StreamEnded(lost, offset=where, state=self.state.name)
         return StreamEnded(
             "the source closed the stream before the migration was complete (cancelled? or in want "
             "of a second connection for postcopy-preempt or multifd, which must be off)",

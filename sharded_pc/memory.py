@@ -52,8 +52,7 @@ class GuestMemory:
         shm.check_name(name)
         if not 1 <= shards <= MAX_SHARDS:
             raise UsageError(f"{shards} workers: expected 1 to {MAX_SHARDS}")
-        control = Segment.create(f"/{name}{shm.CONTROL}", control_bytes(shards), reserve=True)
-        control.lock()
+        control = Segment.create_owned(f"/{name}{shm.CONTROL}", control_bytes(shards))
         try:
             pool_bytes = shards * POOL_BYTES_PER_SHARD
             pool = Segment.create(f"/{name}{shm.POOL}", pool_bytes, reserve=True)
@@ -91,7 +90,7 @@ class GuestMemory:
         try:
             if not look.is_valid():
                 raise HostError(f"{control.name} is not a control segment of this version")
-            arrived = look.status is MigrationStatus.COMPLETED and control.lock()
+            arrived = look.status is MigrationStatus.COMPLETED and control.lock(shared=True)
             return look.geometry if arrived else None
         finally:
             look.release()

@@ -11,6 +11,8 @@ NAME%bitmaps        received, requested and written bits
 
 The owner holds a lock (flock) on the control segment while it lives, which is how `clean` tells a
 dead receiver's leftovers from a live one's: a lock cannot outlive its process, a pid can be reused.
+Who looks at it takes the lock for a moment, and who removes it holds it meanwhile; so whoever has
+got the lock must look whether the name still means what was locked.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import hashlib
 import mmap
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import posix_ipc
@@ -36,15 +39,31 @@ ROOT = Path("/dev/shm")
 NAME_MAX = 255
 """Bytes of a file's name."""
 
+LOCK_SECONDS = 2.0
+"""A new owner's patience with those who look at its segment."""
+LOCK_AGAIN_SECONDS = 0.001
+
 CONTROL, POOL, BITMAPS = "%control", "%pool", "%bitmaps"
 
+_LAST = {POOL: 1, CONTROL: 2}
+"""In what order a removal ends."""
+SEMAPHORES = "sem"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _KEPT = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._@+-")
 
 
+def is_name(name: str) -> bool:
+    """A receiver may be called so.  Not `sem`: /dev/shm/sem.NAME are other programs' semaphores."""
+    return _NAME.fullmatch(name) is not None and name != SEMAPHORES
+
+
 def check_name(name: str) -> str:
     """`name` if a receiver may be called so; UsageError."""
-    if not _NAME.fullmatch(name):
+    if name == SEMAPHORES:
+        raise UsageError(
+            f"receiver name {name!r}: {ROOT}/{name}.* are POSIX semaphores; choose another --name"
+        )
+    if not is_name(name):
         raise UsageError(
             f"receiver name {name!r}: use 1 to 64 letters, digits, '_' or '-', as in --name guest0"
         )
@@ -89,6 +108,39 @@ class Segment:
             segment._reserve()
         return segment
 
+    @classmethod
+    def create_owned(cls, name: str, size: int) -> Segment:
+        """A new one, reserved, with the owner's lock.  HostError, also if somebody sits on it."""
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            segment = cls.create(name, size, reserve=True)
+            try:
+                segment._own(deadline)
+                if segment.is_named():
+                    return segment
+            except HostError:
+                if segment.is_named():
+                    segment.unlink()
+                segment.close()
+                raise
+            segment.close()  # `clean` came before the lock, and took it for a dead one's
+
+    def _own(self, deadline: float) -> None:
+        while not self.lock():
+            if time.monotonic() > deadline:
+                raise HostError(
+                    f"lock shared memory {self.name}: another process has held its lock for "
+                    f"{LOCK_SECONDS:g} s (see /proc/locks); choose another --name"
+                )
+            time.sleep(LOCK_AGAIN_SECONDS)
+
+    def is_named(self) -> bool:
+        """Its name has neither been removed nor made anew."""
+        try:
+            return os.path.samestat(os.stat(ROOT / self.name.lstrip("/")), os.fstat(self.fd))
+        except FileNotFoundError:
+            return False
+
     def _reserve(self) -> None:
         try:
             os.posix_fallocate(self.fd, 0, self.size)
@@ -107,6 +159,8 @@ class Segment:
             found = posix_ipc.SharedMemory(name, read_only=read_only)
         except posix_ipc.ExistentialError:
             raise FileNotFoundError(errno.ENOENT, "no such shared memory", name) from None
+        except posix_ipc.PermissionsError:
+            raise PermissionError(errno.EACCES, "another user's shared memory", name) from None
         return cls(name, found.fd, found.size)
 
     @classmethod
@@ -126,10 +180,10 @@ class Segment:
         """The whole segment, shared and read-only; the caller closes it."""
         return mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, mmap.PROT_READ)
 
-    def lock(self) -> bool:
-        """Takes the owner's lock; false if somebody has it."""
+    def lock(self, *, shared: bool = False) -> bool:
+        """Takes the owner's lock (`shared`: among others who look); false if somebody has it."""
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
@@ -172,18 +226,26 @@ class Leftover:
     @property
     def kept(self) -> bool:
         """Left on purpose by --keep, which takes the tmp pages away."""
-        return not self.alive and f"{self.name}{POOL}" not in self.files
+        has_ram = any(file.startswith(f"{self.name}.") for file in self.files)
+        return not self.alive and has_ram and f"{self.name}{POOL}" not in self.files
+
+    @property
+    def state(self) -> str:
+        """'alive', 'kept' or 'dead'."""
+        return "alive" if self.alive else "kept" if self.kept else "dead"
 
 
 def receivers() -> Iterator[Leftover]:
     """Every receiver that shared memory knows of, by its control segment."""
     for control in sorted(ROOT.glob(f"*{CONTROL}")):
         name = control.name.removesuffix(CONTROL)
-        if _NAME.fullmatch(name):
+        if is_name(name):
             try:
-                yield _leftover(name)
-            except FileNotFoundError:
-                continue  # it ended while we looked
+                with _looked_at(name) as found:
+                    pass
+            except (FileNotFoundError, PermissionError):
+                continue  # it ended while we looked, or is another user's
+            yield found
 
 
 def _files(name: str) -> list[Path]:
@@ -191,25 +253,34 @@ def _files(name: str) -> list[Path]:
     return sorted(p for p in ROOT.iterdir() if p.name in own or p.name.startswith(f"{name}."))
 
 
-def _leftover(name: str) -> Leftover:
+@contextlib.contextmanager
+def _looked_at(name: str, *, shared: bool = True) -> Iterator[Leftover]:
+    """What stands there; nobody removes it until the block ends, unless it is alive.
+    FileNotFoundError."""
     control = Segment.open(f"/{name}{CONTROL}")
     try:
-        alive = not control.lock()
+        alive = not control.lock(shared=shared)
+        if not control.is_named():
+            raise FileNotFoundError(errno.ENOENT, "removed meanwhile", control.name)
+        files = _files(name)
+        size = sum(p.stat().st_blocks * 512 for p in files)
+        yield Leftover(name, tuple(p.name for p in files), size, alive)
     finally:
         control.close()
-    files = _files(name)
-    size = sum(p.stat().st_blocks * 512 for p in files)
-    return Leftover(name, tuple(p.name for p in files), size, alive)
 
 
-def remove(leftover: Leftover) -> None:
-    """Removes a dead receiver's files; the control segment goes last, so that an interrupted
-    removal is found again.  Does nothing if the receiver came back to life."""
-    control = Segment.open(f"/{leftover.name}{CONTROL}")
+def remove(leftover: Leftover, also: Callable[[], None] = lambda: None) -> bool:
+    """Removes a dead receiver's files, and what `also` does; the control segment goes last, and the
+    tmp pages before it, so that an interrupted removal is found again and does not look kept.
+    Does nothing, and says so, if a receiver has got the name since, or has left its RAM there by
+    --keep."""
     try:
-        if not control.lock():
-            return
-        for file in sorted(leftover.files, key=lambda f: f.endswith(CONTROL)):
-            Segment(f"/{file}", -1, 0).unlink()
-    finally:
-        control.close()
+        with _looked_at(leftover.name, shared=False) as now:
+            if now.alive or (now.kept and not leftover.kept):
+                return False
+            also()
+            for file in sorted(now.files, key=lambda f: _LAST.get(f[len(now.name) :], 0)):
+                Segment(f"/{file}", -1, 0).unlink()
+            return True
+    except FileNotFoundError:
+        return False

@@ -18,6 +18,7 @@ from sharded_pc.geometry import Geometry
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.control import MAX_GUESTS
 from sharded_pc.transport import fds
+from sharded_pc.transport.accepting import Acceptor
 from sharded_pc.transport.incoming import bind_unix
 
 log = logging.getLogger(__name__)
@@ -126,11 +127,9 @@ class AttachServer:
             os.unlink(self.path)
 
     async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
+        acceptor = Acceptor(self._sock)
         while True:
-            client, _ = await loop.sock_accept(self._sock)
-            client.setblocking(False)
-            task = asyncio.create_task(self._serve(client))
+            task = asyncio.create_task(self._serve(await acceptor.accept()))
             self._clients.add(task)
             task.add_done_callback(self._clients.discard)
 

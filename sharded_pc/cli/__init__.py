@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from sharded_pc.errors import ExitCode, ShardedPcError
+from sharded_pc.printable import PrintableFormatter, printable
 
 COMMANDS = {
     "check": "sharded_pc.cli.check:Check",
@@ -56,6 +57,18 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
     return words[:at], words[at + 1 :]
 
 
+def _log_to_stderr(level: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("sharded-pc: %(levelname)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def failed(error: ShardedPcError) -> int:
+    """Says so; the exit code."""
+    print(printable(f"sharded-pc: {error}", keep="\n"), file=sys.stderr)
+    return int(error.exit_code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -66,20 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if tail and not hasattr(args, "qemu"):
         parser.error(f"{args.command} takes no command behind --")
     args.qemu = tail
-    logging.basicConfig(
-        level=args.log_level.upper(),
-        format="sharded-pc: %(levelname)s: %(message)s",
-        stream=sys.stderr,
-    )
+    _log_to_stderr(args.log_level)
     try:
         return args.run(args)
     except ShardedPcError as error:
-        print(f"sharded-pc: {error}", file=sys.stderr)
-        return int(error.exit_code)
+        return failed(error)
     except BrokenPipeError:
         return int(ExitCode.FAILED)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (OSError, MemoryError) as error:
-        print(f"sharded-pc: {error or 'out of memory'}", file=sys.stderr)
+        print(printable(f"sharded-pc: {error or 'out of memory'}"), file=sys.stderr)
         return int(ExitCode.HOST)

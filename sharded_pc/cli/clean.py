@@ -41,9 +41,9 @@ class Clean:
             return f"{what}, kept (remove with --kept)"
         if args.list:
             return f"{what}, dead"
-        shm.remove(found)
-        _remove_paths(found.name)
-        return f"{what}, removed"
+        if shm.remove(found, lambda: _remove_paths(found.name)):
+            return f"{what}, removed"
+        return f"{what}, left alone: it has changed meanwhile"
 
 
 def _remove_paths(name: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from sharded_pc.address import ExecAddress, FdAddress, FileAddress
+from sharded_pc.cli import failed
 from sharded_pc.errors import ExitCode, ShardedPcError, UsageError
 
 if TYPE_CHECKING:
@@ -140,8 +141,8 @@ class Session:
                 await self.coordinator.last_word()
         except ShardedPcError as error:
             # Before a source could connect: nothing to report but the error.
-            return self.signals.exit_code or _failed(error)
-        return self.signals.exit_code or _failed(self.coordinator.error)
+            return self.signals.exit_code or failed(error)
+        return self.signals.exit_code or failed(self.coordinator.error)
 
     async def _outcome(self) -> dict:
         """migration_info, whether it went well or not; a failure is in `coordinator.error`."""
@@ -160,11 +161,6 @@ class Session:
             print(json.dumps(info), flush=True)
         if info["status"] == "completed":
             print(summary(info), file=sys.stderr)
-
-
-def _failed(error: ShardedPcError) -> int:
-    print(f"sharded-pc: {error}", file=sys.stderr)
-    return int(error.exit_code)
 
 
 class Signals:

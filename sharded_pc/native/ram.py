@@ -20,7 +20,7 @@ class Stopped(ShardedPcError):
 
 
 class WireClosed(ShardedPcError):
-    """The peer closed the wire."""
+    """The peer closed the wire, or it broke: `Stream.broken_by`."""
 
 
 class NotYet(Exception):
@@ -77,6 +77,11 @@ class Stream:
     def offset(self) -> int:
         """Bytes consumed so far."""
         return lib.sp_stream_offset(self.raw)
+
+    @property
+    def broken_by(self) -> str | None:
+        """What the kernel says of a wire that broke; None if it was closed in order."""
+        return os.strerror(self.raw.err) if self.raw.err else None
 
     def read(self, size: int) -> bytes:
         """Exactly `size` bytes; WireClosed, Stopped, HostError."""

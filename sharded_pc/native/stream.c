@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -63,6 +64,30 @@ static sp_status record(sp_stream *s, const struct iovec *iov, size_t n)
     return SP_OK;
 }
 
+/* The peer's host or the way to it is gone: that is no failure of this host.  Beside ETIMEDOUT it is
+ * what a router last said, which a timeout passes on (Linux net/ipv4/icmp.c, icmp_err_convert;
+ * net/ipv6/icmp.c, icmpv6_err_convert). */
+static bool is_lost(int err)
+{
+    switch (err) {
+    case ETIMEDOUT:
+    case EHOSTUNREACH:
+    case EHOSTDOWN:
+    case ENETUNREACH:
+    case ENETDOWN:
+    case ENETRESET:
+    case ENONET:
+    case ECONNABORTED:
+    case ECONNREFUSED:
+    case ENOPROTOOPT:
+    case EPROTO:
+    case EACCES:
+        return true;
+    default:
+        return false;
+    }
+}
+
 static sp_status read_wire(sp_stream *s, struct iovec *iov, int n_iov, size_t *got, int timeout_ms)
 {
     for (;;) {
@@ -76,9 +101,13 @@ static sp_status read_wire(sp_stream *s, struct iovec *iov, int n_iov, size_t *g
             return SP_EOF;
         if (errno == EINTR)
             continue;
-        /* A peer that resets the connection has closed the wire: that is no failure of this host. */
+        /* A peer that resets the connection has closed the wire: its process ended. */
         if (errno == ECONNRESET)
             return SP_EOF;
+        if (is_lost(errno)) {
+            s->err = errno;
+            return SP_EOF;
+        }
         if (errno != EAGAIN)
             return failed(s, errno);
         if (s->before_wait)

@@ -19,7 +19,7 @@ typedef struct sp_stream {
     int fd;
     int stop_fd;   /* readable when the loop shall end; -1: none */
     int record_fd; /* -1: none */
-    int err;       /* errno after SP_SYS */
+    int err;       /* errno after SP_SYS; after SP_EOF too if the wire broke, 0 if it was closed */
     void (*before_wait)(void *); /* called when the wire is quiet, before the reader sleeps; or NULL */
     void *before_wait_arg;
     size_t pos, end;   /* unread bytes of buf */

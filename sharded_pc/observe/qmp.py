@@ -13,13 +13,15 @@ import os
 import time
 from collections.abc import Callable
 
+from sharded_pc.transport.accepting import Acceptor
 from sharded_pc.transport.incoming import bind_unix
 from sharded_pc.transport.json_stream import JsonSplitter
 
 VERSION = {"qemu": {"major": 0, "minor": 1, "micro": 0}, "package": "sharded_pc"}
 
-
 MAX_UNREAD_BYTES = 1 << 20
+FLUSH_SECONDS = 1.0
+"""What a client that is done with may still read."""
 
 
 class QmpError(Exception):
@@ -49,6 +51,16 @@ class _Client:
         """Waits until the client has read most of what it was sent."""
         await self._writer.drain()
 
+    async def finish(self) -> None:
+        """Closes when the client has read what it was sent, for which it has a moment."""
+        self._writer.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._writer.wait_closed(), FLUSH_SECONDS)
+
+    def abort(self) -> None:
+        """Closes now: nobody waits for one who does not read."""
+        self._writer.transport.abort()
+
 
 class QmpServer:
     """`query` gives query-migrate's answer, `quit` ends the receiver."""
@@ -64,13 +76,23 @@ class QmpServer:
             "quit": lambda: quit_() or {},
         }
         self._sock = bind_unix(path)
-        self._server: asyncio.Server | None = None
+        self._accepting: asyncio.Task | None = None
 
     def _names(self) -> list[str]:
         return sorted([*self._commands, "qmp_capabilities"])
 
     async def start(self) -> None:
-        self._server = await asyncio.start_unix_server(self._serve, sock=self._sock)
+        self._accepting = asyncio.create_task(self._accept())
+
+    async def _accept(self) -> None:
+        acceptor = Acceptor(self._sock)
+        while True:
+            reader, writer = await acceptor.accept_streams()
+            client = _Client(writer)
+            self._clients.add(client)
+            task = asyncio.create_task(self._serve(client, reader))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def event(self, name: str, data: dict) -> None:
         """Sends an event to everybody who has negotiated."""
@@ -87,32 +109,25 @@ class QmpServer:
             await asyncio.wait(set(self._tasks), timeout=timeout)
 
     async def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-        else:
-            self._sock.close()
-        for task in self._tasks:
+        tasks = [*self._tasks, *([self._accepting] if self._accepting else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for client in self._clients:
+            client.abort()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._sock.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        client = _Client(writer)
-        self._tasks.add(task)
-        self._clients.add(client)
+    async def _serve(self, client: _Client, reader: asyncio.StreamReader) -> None:
         try:
             await self._talk(client, reader)
-        except (ConnectionError, asyncio.CancelledError):
+            await client.finish()
+        except ConnectionError:
             pass
         finally:
             self._clients.discard(client)
-            self._tasks.discard(task)
-            writer.close()
-            with contextlib.suppress(ConnectionError):
-                await writer.wait_closed()
+            client.abort()
 
     async def _talk(self, client: _Client, reader: asyncio.StreamReader) -> None:
         client.send({"QMP": {"version": VERSION, "capabilities": []}})

@@ -18,6 +18,9 @@ class ReceiverView:
     def __init__(self, name: str) -> None:
         self.name = shm.check_name(name)
         self._segment = Segment.open(f"/{name}{shm.CONTROL}")
+        if not self._segment.size:
+            self._segment.close()
+            raise FileNotFoundError(f"{name!r} is only being made")
         self._control = Control(self._segment.map)
         if not self._control.is_valid():
             self.close()

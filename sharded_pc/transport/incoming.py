@@ -14,6 +14,9 @@ from collections.abc import Callable
 
 from sharded_pc import address as addr
 from sharded_pc.errors import HostError, UsageError
+from sharded_pc.transport.accepting import BACKLOG
+from sharded_pc.transport.candidates import Candidates
+from sharded_pc.transport.liveness import watch_peer
 
 
 class Wire:
@@ -31,7 +34,7 @@ class Wire:
 def _from_socket(sock: socket.socket) -> Wire:
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        watch_peer(sock)
     sock.setblocking(False)
     return Wire(sock.fileno(), sock.fileno(), sock.close)
 
@@ -39,14 +42,24 @@ def _from_socket(sock: socket.socket) -> Wire:
 class Listener:
     """A place a source can connect to, or one that needs no connecting.
 
-    `address` is what a source must be told (with the real port); accept() waits for one source.
+    `address` is what a source must be told (with the real port); accept() waits for one source,
+    whoever else comes.
     """
 
     def __init__(self, address: addr.Address) -> None:
         self.address = address
 
     async def accept(self) -> Wire:
+        """RemoteProtocolError if the source opens several connections; HostError."""
         raise NotImplementedError
+
+    async def second_channel(self) -> None:
+        """Returns when the source has opened a second connection."""
+        await asyncio.get_running_loop().create_future()
+
+    def is_second_silent(self) -> bool:
+        """When the source sends RAM: it has opened a second one and says nothing there."""
+        return False
 
     def close(self) -> None:
         """Stops listening and removes what was made for it."""
@@ -55,15 +68,20 @@ class Listener:
 class _SocketListener(Listener):
     def __init__(self, address: addr.Address, sock: socket.socket, path: str | None = None) -> None:
         super().__init__(address)
-        self._sock = sock
+        self._candidates = Candidates(sock)
         self._path = path
 
     async def accept(self) -> Wire:
-        sock, _ = await asyncio.get_running_loop().sock_accept(self._sock)
-        return _from_socket(sock)
+        return _from_socket(await self._candidates.source())
+
+    async def second_channel(self) -> None:
+        await self._candidates.second()
+
+    def is_second_silent(self) -> bool:
+        return self._candidates.is_second_silent()
 
     def close(self) -> None:
-        self._sock.close()
+        self._candidates.close()
         if self._path is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path)
@@ -99,7 +117,7 @@ def _tcp(where: addr.TcpAddress) -> Listener:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(sockaddr)
-        sock.listen(1)
+        sock.listen(BACKLOG)
     except OSError:
         sock.close()
         raise
@@ -115,7 +133,7 @@ def bind_unix(path: str) -> socket.socket:
         _remove_dead_socket(path)
         sock.bind(path)
         os.chmod(path, 0o600)
-        sock.listen(8)
+        sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         raise HostError(f"make the socket {path}: {error.strerror or error}") from error
@@ -125,7 +143,7 @@ def bind_unix(path: str) -> socket.socket:
 
 def _remove_dead_socket(path: str) -> None:
     """Probes with a datagram socket: a stream listener refuses it as EPROTOTYPE.  A stream that
-    connects to a live receiver would be taken for its source."""
+    connects to a live receiver would have to be told from its source."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return

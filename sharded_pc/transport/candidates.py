@@ -1,0 +1,197 @@
+"""Who connects where a source is awaited, and which of them is the source.
+
+Anybody can connect: a source, a further channel of it, a port scan, a forgotten netcat.  What they
+say first tells them apart; it is peeked at, so that the stream's reader meets it again.
+
+==================  ==============================================================================
+the stream's magic  the source, if none is found yet
+multifd's magic     a channel of multifd (migration/multifd.c, MULTIFD_MAGIC)
+nothing             7.2's postcopy-preempt channel if it comes from where the source does, which
+                    only the first RAM after set-up makes certain; else a stranger
+anything else, EOF  a stranger: closed with a line in the log, and forgotten
+==================  ==============================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import struct
+
+from sharded_pc.errors import HostError, RemoteProtocolError
+from sharded_pc.transport.accepting import Acceptor
+from sharded_pc.transport.fds import readable
+from sharded_pc.wire import constants as c
+
+log = logging.getLogger(__name__)
+
+CANDIDATE_SECONDS = 30.0
+"""How long one may take to say who it is.  A source without a return path says nothing before its
+dirty bitmaps are set up, which takes a big guest some seconds."""
+LOOK_AGAIN_SECONDS = 0.02
+"""Between two looks at half a magic, which keeps the socket readable."""
+MAX_CANDIDATES = 128
+"""At a time; more wait in the queue, so that strangers cannot take all descriptors."""
+SOURCE = struct.pack(">II", c.FILE_MAGIC, c.FILE_VERSION)
+MULTIFD = struct.pack(">I", c.MULTIFD_MAGIC)
+
+
+def second_channel(state: str | None = None) -> RemoteProtocolError:
+    return RemoteProtocolError(
+        "the source opened a second connection (multifd or postcopy-preempt): turn these "
+        "capabilities off",
+        state=state,
+    )
+
+
+class Candidates:
+    """Everybody who connects to one listening socket, which is closed with it.
+
+    `source()` finds the source; from then on `second()` waits for another channel of it, until
+    `is_second_silent()` has the last word and close() lets everybody else go.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._acceptor = Acceptor(sock)
+        self._room = asyncio.Semaphore(MAX_CANDIDATES)
+        self._looking: dict[socket.socket, asyncio.Task] = {}
+        self._accepting: asyncio.Task | None = None
+        self._found: asyncio.Future[socket.socket]
+        self._source: socket.socket | None = None
+        self._peer = ""
+        self._second = asyncio.Event()
+
+    async def source(self) -> socket.socket:
+        """Called once.  RemoteProtocolError if a channel of multifd comes first; HostError."""
+        self._found = asyncio.get_running_loop().create_future()
+        self._accepting = asyncio.create_task(self._accept())
+        self._accepting.add_done_callback(lambda _: self._sock.close())
+        return await self._found
+
+    async def second(self) -> None:
+        """Returns when a second channel has said that it is one."""
+        await self._second.wait()
+
+    def is_second_silent(self) -> bool:
+        """Whether one is open that says nothing and comes from where the source does: QEMU's
+        channels are all connected before RAM is sent.  Strangers are told of."""
+        with contextlib.suppress(OSError):
+            while (sock := self._acceptor.take()) is not None:
+                self._look_at(sock)
+        silent = [_peer(s) for s in self._looking if s is not self._source and _is_silent(s)]
+        if self._peer in silent:
+            return True
+        for peer in silent:
+            self._tell(peer, "it said nothing")
+        return False
+
+    def close(self) -> None:
+        """Each task closes its own socket, behind its last look at it."""
+        for task in self._looking.values():
+            task.cancel()
+        if self._accepting is None:
+            self._sock.close()
+        else:
+            self._accepting.cancel()
+
+    async def _accept(self) -> None:
+        try:
+            while True:
+                await self._room.acquire()
+                self._look_at(await self._acceptor.accept())
+        except OSError as error:
+            if not self._found.done():
+                self._found.set_exception(HostError(f"take a connection: {error.strerror}"))
+
+    def _look_at(self, sock: socket.socket) -> None:
+        task = asyncio.create_task(self._look(sock, _peer(sock)))
+        self._looking[sock] = task
+        task.add_done_callback(lambda _: self._let_go(sock))
+
+    def _let_go(self, sock: socket.socket) -> None:
+        del self._looking[sock]
+        self._room.release()
+        if sock is not self._source:
+            sock.close()
+
+    async def _look(self, sock: socket.socket, peer: str) -> None:
+        try:
+            self._judge(sock, peer, await self._first_bytes(sock, peer))
+        except TimeoutError:
+            self._tell(peer, f"it did not say for {CANDIDATE_SECONDS:g} s that it is a source")
+        except OSError as error:
+            self._tell(peer, error.strerror)
+
+    async def _first_bytes(self, sock: socket.socket, peer: str) -> bytes:
+        """TimeoutError, but not for who may be the source's silent channel."""
+        try:
+            return await asyncio.wait_for(_opening(sock), CANDIDATE_SECONDS)
+        except TimeoutError:
+            if peer != self._peer:
+                raise
+            return await _opening(sock)
+
+    def _judge(self, sock: socket.socket, peer: str, opening: bytes) -> None:
+        if opening.startswith(MULTIFD):
+            self._second.set()
+            if not self._found.done():
+                self._found.set_exception(second_channel())
+        elif opening == SOURCE and not self._found.done():
+            self._source, self._peer = sock, peer
+            self._found.set_result(sock)
+        else:
+            self._tell(peer, _describe(opening))
+
+    def _tell(self, peer: str, why: str) -> None:
+        """Not when the migration fails: then the source closes its connections one by one."""
+        if not self._second.is_set():
+            log.warning("connection from %s closed: %s", peer, why)
+
+
+async def _opening(sock: socket.socket) -> bytes:
+    """What a peer says first, as far as it is needed to know it; b"" if it closes."""
+    while True:
+        await readable(sock)
+        with contextlib.suppress(BlockingIOError):
+            seen = sock.recv(len(SOURCE), socket.MSG_PEEK)
+            if not seen or not _may_go_on(seen):
+                return seen
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+
+
+def _may_go_on(seen: bytes) -> bool:
+    """A magic's beginning, not yet the whole."""
+    return any(magic.startswith(seen) and magic != seen for magic in (SOURCE, MULTIFD))
+
+
+def _is_silent(sock: socket.socket) -> bool:
+    """It is open and has said nothing, or that it is a channel of multifd."""
+    try:
+        return sock.recv(len(MULTIFD), socket.MSG_PEEK) == MULTIFD
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def _describe(opening: bytes) -> str:
+    if not opening:
+        return "it closed without a word"
+    if opening == SOURCE:
+        return "a second source while the first migrates"
+    return f"it is no source, it begins with {opening.hex(' ')}"
+
+
+def _peer(sock: socket.socket) -> str:
+    """Where it comes from: all connections of one source come from there."""
+    if sock.family == socket.AF_UNIX:
+        size = struct.calcsize("3i")
+        pid, *_ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+        return f"process {pid}"
+    try:
+        return sock.getpeername()[0]
+    except OSError:  # reset already
+        return "nowhere"
