@@ -147,6 +147,14 @@ def test_machine_type(tmp_path, unique_name, binary, machine):
     check(tmp_path, unique_name, binary, machine=machine)
 
 
+def test_microvm(tmp_path, unique_name, newer):
+    """It boots from virtio-mmio; a firmware that can do so came with the newer QEMU."""
+    drive = f"if=none,id=boot,file={tmp_path}/guest.img,format=raw,file.locking=off"
+    modern = ("-global", "virtio-mmio.force-legacy=false")
+    extra = (*modern, "-drive", drive, *devices("virtio-blk-device,drive=boot"))
+    check(tmp_path, unique_name, newer, machine="microvm", image=None, extra=extra)
+
+
 def machine_types(binary: QemuBinary) -> set[str]:
     command = [*binary.command(), "-machine", "help"]
     said = subprocess.run(
