@@ -22,15 +22,20 @@ CORE := $(wildcard sharded_pc/native/*.c sharded_pc/native/*.h sharded_pc/native
                    sharded_pc/attach/preload/*.c sharded_pc/attach/preload/*.h)
 RUFF := $(VENV)/.ruff
 
-.PHONY: setup demo test check lint clean system-packages
+.PHONY: setup demo test check lint clean system-packages newer-qemu
 
 setup: $(INSTALLED)
 
 demo: setup
 	$(BIN)/sharded-pc demo $(ARGS)
 
-test: setup
+test: setup newer-qemu
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+# A newer QEMU beside the distribution's, where its backports offer one.  Never fails: the tests that
+# need it say so when they skip.
+newer-qemu: setup
+	@$(BIN)/python -m tests.qemu.backports ensure
 
 check: setup
 	$(BIN)/sharded-pc check $(ARGS)

@@ -14,28 +14,13 @@ import pytest
 pytest.importorskip("qemu.qmp", reason="needs the client: pip install qemu.qmp")
 
 from tests.qemu import backports, guest_image, memory
-from tests.qemu.backports import QemuBinary, available_qemus
+from tests.qemu.backports import QemuBinary
 from tests.qemu.guest_image import MIB, write_image
 from tests.qemu.vm import QemuVm, VmError
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(120)]
 
 MEMORY_MIB = 64
-NO_QEMU = pytest.mark.skip(reason=f"no QEMU: install {backports.PACKAGES[0]}")
-QEMUS = available_qemus()
-
-
-@pytest.fixture(params=QEMUS or [pytest.param(None, marks=NO_QEMU)], ids=str)
-def binary(request: pytest.FixtureRequest) -> QemuBinary:
-    return request.param
-
-
-@pytest.fixture
-def safe_binary() -> QemuBinary:
-    """A QEMU that under TCG loses no dirty page of a guest that writes during precopy."""
-    if (newest := backports.newest_qemu()) and newest.version >= (10,):
-        return newest
-    pytest.skip("needs QEMU >= 10: python -m tests.qemu.backports fetch")
 
 
 def booted(folder: Path, binary: QemuBinary, writes: bool = True, **options) -> QemuVm:
@@ -156,9 +141,9 @@ class TestMemory:
             assert found["/rom@etc/acpi/rsdp"].read().startswith(b"RSD PTR ")
             assert len(memory._dont_fork_mappings(vm.pid)) == len(found)
 
-    def test_address_by_length_is_the_one_qemu_tells(self, tmp_path, safe_binary):
+    def test_address_by_length_is_the_one_qemu_tells(self, tmp_path, newer):
         """The way of 7.2, checked where QEMU prints the address."""
-        with booted(tmp_path, safe_binary, extra=["-vga", "std"]) as vm:
+        with booted(tmp_path, newer, extra=["-vga", "std"]) as vm:
             mappings = memory._dont_fork_mappings(vm.pid)
             for block in memory._list_blocks(vm):
                 assert block.host_address in memory._fitting(block, mappings), block
@@ -219,8 +204,8 @@ def wait_ram(vm: QemuVm, key: str, least: int) -> None:
 
 
 class TestMigration:
-    def test_busy_guest_survives_precopy_and_postcopy(self, tmp_path, safe_binary):
-        source, destination = migration_pair(tmp_path, safe_binary, writes=True)
+    def test_busy_guest_survives_precopy_and_postcopy(self, tmp_path, newer):
+        source, destination = migration_pair(tmp_path, newer, writes=True)
         with source, destination:
             source.wait_serial("F")
             start_migration(source, destination, bandwidth=256 * MIB)
@@ -259,6 +244,17 @@ class TestMigration:
                 vm.wait_migration("completed")
 
 
+def qemu(major: int) -> QemuBinary:
+    return QemuBinary(Path("/nowhere"), (major, 0, 0))
+
+
+def pretend(monkeypatch, cached, distribution=None) -> None:
+    """Those are the QEMUs there are."""
+    found = tuple(cached)
+    monkeypatch.setattr(backports, "cached_qemus", lambda: found)
+    monkeypatch.setattr(backports, "distribution_qemu", lambda: distribution)
+
+
 class TestBackports:
     @pytest.fixture
     def apt(self, tmp_path, monkeypatch) -> Path:
@@ -291,6 +287,25 @@ class TestBackports:
         assert backports.main(["fetch"]) == 1
         assert "cannot fetch a newer QEMU" in capsys.readouterr().err
         assert not list(tmp_path.glob("cache/*")) + list(tmp_path.glob("cache/.*"))
+
+    def test_ensuring_without_a_mirror_is_no_error(self, apt, tmp_path, monkeypatch, capsys):
+        (apt / "sources.list").write_text(f"deb [trusted=yes] file:{tmp_path}/none bookworm main\n")
+        pretend(monkeypatch, cached=())
+        monkeypatch.setenv("SHARDED_PC_QEMU_CACHE", str(tmp_path / "cache"))
+        assert backports.main(["ensure"]) == 0
+        _, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("no newer QEMU, tests that need one are skipped: E: ")
+
+    @pytest.mark.parametrize(
+        ("cached", "distribution", "fetched"),
+        [([], 7, True), ([], 10, False), ([8], 7, False), ([], None, True)],
+        ids=["old", "new", "cached", "none"],
+    )
+    def test_ensuring_fetches_once(self, monkeypatch, capsys, cached, distribution, fetched):
+        pretend(monkeypatch, map(qemu, cached), distribution and qemu(distribution))
+        monkeypatch.setattr(backports, "fetch", lambda: qemu(11))
+        assert backports.main(["ensure"]) == 0
+        assert ("\nfetched qemu-11.0.0\n" in capsys.readouterr().err) == fetched
 
     def test_no_mirror_is_a_failure(self, apt):
         with pytest.raises(backports.FetchError, match="no source for 'bookworm'"):

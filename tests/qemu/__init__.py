@@ -2,6 +2,7 @@
 
 ``guest_image``  the guest: a boot sector that walks over its memory and reports on COM1
 ``vm``           one QEMU process, source or destination, driven over QMP
+``kvm``          whether KVM runs the guest here
 ``memory``       the RAMBlocks of a stopped QEMU, byte for byte
 ``backports``    which QEMU binaries there are to test with, and how to get a newer one
 

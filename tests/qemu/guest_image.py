@@ -214,13 +214,14 @@ def write_image(
 
 
 def guest_args(
-    machine: str = "pc", memory_mib: int = 64, smp: int = 1, image: Path | None = None
-) -> list[str]:
+    machine: str = "pc", memory_mib: int = 64, smp: int = 1, image: Path | None = None,
+    accel: str = "tcg",
+) -> list[str]:  # fmt: skip
     """What both sides of a migration must be started with alike, but for the serial line.
 
     The image is never written, so its lock is not taken and both sides may hold it.
     """
-    args = ["-accel", "tcg", "-machine", machine, "-smp", str(smp), "-m", str(memory_mib)]
+    args = ["-accel", accel, "-machine", machine, "-smp", str(smp), "-m", str(memory_mib)]
     args += ["-nodefaults", "-no-user-config", "-display", "none"]
     if image:
         args += ["-drive", f"file={image},format=raw,if=ide,file.locking=off"]

@@ -93,6 +93,7 @@ class QemuVm:
         *,
         binary: QemuBinary | None = None,
         machine: str = "pc",
+        accel: str = "tcg",
         memory_mib: int = 64,
         smp: int = 1,
         image: Path | None = None,
@@ -100,11 +101,11 @@ class QemuVm:
         extra: Sequence[str] = (),
         environment: dict[str, str] | None = None,
     ) -> None:
-        self.folder, self.name, self.memory_mib = folder, name, memory_mib
+        self.folder, self.name, self.memory_mib, self.accel = folder, name, memory_mib, accel
         if (chosen := binary or distribution_qemu()) is None:
             raise VmError("no QEMU on this machine")
         self.binary: QemuBinary = chosen
-        self.guest_args = guest_args(machine, memory_mib, smp, image)
+        self.guest_args = guest_args(machine, memory_mib, smp, image, accel)
         self.extra = [*extra, *(["-incoming", incoming] if incoming else [])]
         self.environment = environment or {}
         self._process: subprocess.Popen[bytes] | None = None
