@@ -342,6 +342,8 @@ class Coordinator:
         finally:
             task.cancel()
             quit_.cancel()
+            # What follows may be the end of what the task works with.
+            await asyncio.gather(task, quit_, return_exceptions=True)
 
     def _open_recording(self) -> int:
         if self.settings.record is None:

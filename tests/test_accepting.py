@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from sharded_pc.observe.qmp import QmpServer
+from sharded_pc.state import MigrationStatus
 from sharded_pc.transport import accepting
 from sharded_pc.transport.accepting import Acceptor
 from sharded_pc.transport.incoming import bind_unix
@@ -89,10 +90,12 @@ def test_the_attach_socket_hears_again(tmp_path, unique_name, caplog):
         open_source(receiver.sock) as source,
         socket.socket(socket.AF_UNIX) as early,
     ):
-        with no_descriptors():  # nothing comes from the source: nothing else needs one
+        source.set_up()
+        control = receiver.coordinator.memory.control
+        wait_until(lambda: control.status is MigrationStatus.ACTIVE, "the block list", WAIT_S)
+        with no_descriptors():  # nothing more comes from the source: nothing else needs one
             early.connect(receiver.attach)
             wait_until(lambda: "Too many open files" in caplog.text, "the shortage", WAIT_S)
-        source.set_up()
         with Client(receiver.attach) as client:
             address()(client)
             assert "attached" in client.answer()

@@ -1,5 +1,5 @@
-"""A guest balloons while its pages are missing: QEMU does not know that it is in postcopy, and drops
-what the guest gives up; what the guest takes back and uses must stay."""
+"""A guest balloons while its pages are missing: QEMU does not know that it is in postcopy, and
+drops what the guest gives up; what the guest takes back and uses must stay."""
 
 from __future__ import annotations
 

@@ -270,7 +270,7 @@ class Postcopy(Core):
         self._exit.callback(pool.release)
         sizes = [block.size for block in self.geometry.blocks]
         mappings = list(map(self._map, sizes, self._fds))
-        shard = Shard(self.control, index, self.received, self.requested, pool, uffd)
+        shard = Shard(self.control, index, self.received, self.requested, self.written, pool, uffd)
         self._exit.callback(shard.release)
         for block, (mapping, fd) in enumerate(zip(mappings, self._fds, strict=True)):
             shard.add_block(block, mapping, fd)
@@ -327,7 +327,9 @@ class StraightPostcopy(Straight):
     def __init__(self, blocks: Sequence[RamBlock]) -> None:
         super().__init__(blocks)
         for index in range(SHARDS):
-            shard = Shard(self.control, index, self.received, self.requested, self.pool, None)
+            shard = Shard(
+                self.control, index, self.received, self.requested, self.written, self.pool, None
+            )
             self._exit.callback(shard.release)
             for block, fd in enumerate(self._fds):
                 shard.add_block(block, None, fd)
