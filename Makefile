@@ -14,12 +14,14 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell tools/install-system-packages --which-python)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# The editable install sees changed Python at once, but the extension is a copy: it is as new as
-# this stamp, which is older than the C core as soon as that changes.  The stamp's time is that of
+# The editable install sees changed Python at once, but not a new package; and the extension is a
+# copy: it is as new as this stamp, which is older than the C core as soon as that changes.  The stamp's time is that of
 # the build's start, so that an edit during the build is not missed.
 INSTALLED := $(VENV)/.installed
 CORE := $(wildcard sharded_pc/native/*.c sharded_pc/native/*.h sharded_pc/native/*.txt \
-                   sharded_pc/attach/preload/*.c sharded_pc/attach/preload/*.h)
+                   sharded_pc/attach/preload/*.c sharded_pc/attach/preload/*.h \
+                   sharded_pc/native/CMakeLists.txt)
+PACKAGES := $(sort $(dir $(wildcard sharded_pc/*/__init__.py sharded_pc/*/*/__init__.py)))
 RUFF := $(VENV)/.ruff
 
 .PHONY: setup demo test check lint clean system-packages newer-qemu
@@ -58,9 +60,17 @@ PYTHON_GIVEN := $(if $(filter command environment override,$(firstword $(origin 
 $(BIN)/python: | system-packages
 	$(PYTHON) -m venv $(VENV)
 
+# Made anew when the list of packages is another.
+PACKAGES_SEEN := $(VENV)/.packages
+ifneq ($(PACKAGES),$(shell cat $(PACKAGES_SEEN) 2>/dev/null))
+$(INSTALLED): FORCE
+endif
+FORCE:
+
 $(INSTALLED): pyproject.toml $(CORE) | $(BIN)/python
 	@touch $@.new
 	$(PIP) install --quiet --editable '.[test,ui]'
+	@echo '$(PACKAGES)' > $(PACKAGES_SEEN)
 	@mv $@.new $@
 
 $(RUFF): Makefile | $(BIN)/python

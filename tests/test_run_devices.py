@@ -137,7 +137,10 @@ def test_single_threaded_tcg(tmp_path, unique_name, binary):
     check(tmp_path, unique_name, binary, smp=2, **accel)
 
 
-MACHINES = ("pc-i440fx-7.2", "pc-q35-6.2", "pc-q35-5.1", "pc-i440fx-4.0", "isapc")
+MACHINES = (
+    "pc-i440fx-7.2", "pc-q35-6.2", "pc-q35-5.1", "pc-i440fx-4.0", "pc-i440fx-3.1", "pc-q35-2.12",
+    "pc-i440fx-2.8", "isapc",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("machine", MACHINES)
