@@ -32,15 +32,8 @@ from sharded_pc.wire.reader import StreamReader
 from sharded_pc.wire.steps import TELL, Parser, Some
 
 
-class Receiver(Protocol):
-    """What the coordinator does for the stream; every call blocks until it is done."""
-
-    guests: Guests
-    """whose requested pages are served at once; there after define()"""
-
-    def define(self, blocks: tuple[RamBlock, ...]) -> Sequence[Alias]:
-        """The block list is known: memory is checked and made, workers map it.  The answer is an
-        alias of each block for payload to land in, () with `copy`."""
+class Channels(Protocol):
+    """What the connection does for its stream; every call blocks until it is done."""
 
     def one_channel(self) -> None:
         """The source sends RAM: channels that belong to the set-up would be open by now."""
@@ -49,6 +42,17 @@ class Receiver(Protocol):
 
     def post(self, message: bytes) -> None:
         """Sends a return-path message."""
+
+
+class Receiver(Protocol):
+    """What the migration does for the stream; every call blocks until it is done."""
+
+    guests: Guests
+    """whose requested pages are served at once; there after define()"""
+
+    def define(self, blocks: tuple[RamBlock, ...]) -> Sequence[Alias]:
+        """The block list is known: memory is checked and made, workers map it.  The answer is an
+        alias of each block for payload to land in, () with `copy`."""
 
     def prepare_discard(self) -> None: ...
 
@@ -72,10 +76,17 @@ class Incoming:
     """Drives one stream to its end.  `devices` holds the opaque device state afterwards."""
 
     def __init__(
-        self, memory: GuestMemory, fd: int, stop: Stop, receiver: Receiver, record_fd: int = -1
+        self,
+        memory: GuestMemory,
+        fd: int,
+        stop: Stop,
+        channels: Channels,
+        receiver: Receiver,
+        record_fd: int = -1,
     ) -> None:
         self._memory = memory
         self._control = memory.control
+        self._channels = channels
         self._receiver = receiver
         self._stop = stop
         self._stream = Stream(fd, stop, record_fd)
@@ -272,17 +283,17 @@ class Incoming:
 
     def _ram_section_end(self, event: events.RamSectionEnd) -> None:
         if event.kind != "setup":
-            self._receiver.one_channel()
+            self._channels.one_channel()
         self._control.note_transferred(self._stream.offset)
 
     def _open_return_path(self, event: events.OpenReturnPath) -> None:
         self._has_return_path = True
-        self._receiver.open_return_path()
+        self._channels.open_return_path()
 
     def _ping(self, event: events.Ping) -> None:
         if not self._has_return_path:
             raise RemoteProtocolError("PING before OPEN_RETURN_PATH")
-        self._receiver.post(return_path.pong(event.value))
+        self._channels.post(return_path.pong(event.value))
 
     def _advise(self, event: events.PostcopyAdvise) -> None:
         if event.page_sizes is None:
@@ -371,7 +382,7 @@ class Incoming:
         self._control.note_ended()
         self._status(MigrationStatus.COMPLETED)
         if self._has_return_path:
-            self._receiver.post(return_path.shut(0))
+            self._channels.post(return_path.shut(0))
 
     def _missing(self) -> int:
         """Pages that have not arrived, received bits of rings' content included."""

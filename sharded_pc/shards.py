@@ -10,6 +10,7 @@ from multiprocessing import reduction
 from sharded_pc import processes, worker
 from sharded_pc.errors import ShardError
 from sharded_pc.memory import GuestMemory
+from sharded_pc.native.guests import Guests
 
 ANSWER_SECONDS = 30.0
 """A worker answers in milliseconds; registering 8192 stripes takes some more."""
@@ -115,9 +116,11 @@ def _death(exitcode: int | None) -> str:
 
 
 class Shards:
-    """All workers of one receiver."""
+    """All workers of one receiver; `guests` is the stream's thread's table of guests, which changes
+    with theirs."""
 
-    def __init__(self, memory: GuestMemory, count: int) -> None:
+    def __init__(self, memory: GuestMemory, count: int, guests: Guests) -> None:
+        self.guests = guests
         self.processes = [ShardProcess(memory, index) for index in range(count)]
 
     async def ready(self) -> None:
@@ -126,6 +129,21 @@ class Shards:
     async def tell(self, word: str, *arguments: object, fd: int | None = None) -> None:
         """Tells all workers, waits for all; the first ShardError.  Each gets a copy of `fd`."""
         await asyncio.gather(*(p.tell(word, *arguments, fd=fd) for p in self.processes))
+
+    async def add_guest(self, slot: int, addresses: list[int], mode: int, uffds: list[int]) -> None:
+        """Each worker gets its shard's userfaultfd; the first ShardError."""
+        self.guests.add(slot, uffds, addresses)
+        told = [
+            process.tell("guest", slot, addresses, mode, fd=fd)
+            for process, fd in zip(self.processes, uffds, strict=True)
+        ]
+        await asyncio.gather(*told)
+
+    async def drop_guest(self, slot: int, release: bool) -> None:
+        try:
+            await self.tell("drop", slot, release)
+        finally:
+            self.guests.drop(slot)
 
     async def stop(self) -> None:
         await asyncio.gather(*(p.stop() for p in self.processes))

@@ -208,7 +208,7 @@ class Receiving:
         self._loop.call_soon_threadsafe(self.coordinator.quit)
 
     def worker_pids(self) -> list[int]:
-        return [process.process.pid for process in self.coordinator._shards.processes]
+        return [process.process.pid for process in self.coordinator.shards.processes]
 
     def received(self) -> int:
         return sum(self.coordinator.memory.received_pages())
@@ -230,7 +230,7 @@ class Receiving:
 
 
 class LoneReceiver:
-    """A stream, its shards and their memory in this process: the Receiver of ``Incoming``.
+    """A stream, its shards and their memory in this process: both sides of ``Incoming``.
 
     ``run(stream)`` returns the error that ended the stream, None if it was received whole.
     """
@@ -253,7 +253,7 @@ class LoneReceiver:
         self._ours = ours
         writing = threading.Thread(target=self._write, args=(stream,))
         watchdog = threading.Timer(timeout, self._stop.set)
-        incoming = Incoming(self.memory, ours.fileno(), self._stop, self)
+        incoming = Incoming(self.memory, ours.fileno(), self._stop, self, self)
         writing.start()
         watchdog.start()
         try:

@@ -48,7 +48,7 @@ class Clean:
 
 def _remove_paths(name: str) -> None:
     """Its attach socket, if it stood in the usual place, and its temporary folder."""
-    from sharded_pc.coordinator import folder_prefix, runtime_path
+    from sharded_pc.settings import folder_prefix, runtime_path
 
     socket = Path(runtime_path(name, "attach"))
     if socket.is_socket():

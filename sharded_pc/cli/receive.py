@@ -16,7 +16,7 @@ from sharded_pc.cli import failed
 from sharded_pc.errors import ExitCode, ShardedPcError, UsageError
 
 if TYPE_CHECKING:
-    from sharded_pc.coordinator import Settings
+    from sharded_pc.settings import Settings
 
 
 def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +59,8 @@ def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
 def settings_of(args: argparse.Namespace) -> Settings:
     """Coordinator settings from the command line; UsageError."""
     from sharded_pc import address
-    from sharded_pc.coordinator import Settings, runtime_path
     from sharded_pc.geometry import Placement
+    from sharded_pc.settings import Settings, runtime_path
 
     if args.status_fd is not None:
         try:

@@ -27,7 +27,7 @@ from sharded_pc.geometry import RamBlock
 from sharded_pc.memory import GuestMemory
 from sharded_pc.shm import ROOT
 
-__all__ = ["QemuDestination", "QemuFailed"]
+__all__ = ["QemuDestination", "QemuFailed", "check"]
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,18 @@ PAGES_SECONDS = 60.0
 """For the pages of blocks that are not shared to arrive after they were asked for."""
 LOAD_SECONDS = 60.0
 """For QEMU to take the device state."""
+
+
+def check(arguments: Sequence[str]) -> None:
+    """What can be refused before a source connects; HostError, UsageError."""
+    qemu_args.check_arguments(arguments)
+    program = arguments[0]
+    if shutil.which(program) is None:
+        raise HostError(
+            f"QEMU {program!r} is not there; install it (Debian: apt-get install "
+            f"qemu-system-x86) or name it with its path"
+        )
+    library_path()
 
 
 class QemuDestination:
@@ -68,17 +80,6 @@ class QemuDestination:
         self._names: list[tuple[RamBlock, int]] = []
         """all blocks under the destination's names, with their addresses"""
         self.resumed = False
-
-    def check(self) -> None:
-        """What can be refused before a source connects; HostError, UsageError."""
-        qemu_args.check_arguments(self._arguments)
-        program = self._arguments[0]
-        if shutil.which(program) is None:
-            raise HostError(
-                f"QEMU {program!r} is not there; install it (Debian: apt-get install "
-                f"qemu-system-x86) or name it with its path"
-            )
-        library_path()
 
     # Starting
 

@@ -1,0 +1,134 @@
+"""One connection of a source: its wire, the stream's thread, and the way back.
+
+It lives from the source's first byte to the wire's end; the memory, its guests and the migration
+outlive it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import stat
+import threading
+
+from sharded_pc.ending import Ending
+from sharded_pc.errors import HostError, RemoteProtocolError, ShardedPcError
+from sharded_pc.geometry import PAGE_BYTES
+from sharded_pc.incoming import Incoming, Receiver
+from sharded_pc.loop_calls import from_stream
+from sharded_pc.memory import GuestMemory
+from sharded_pc.native.return_path import ReturnPath
+from sharded_pc.transport.candidates import second_channel
+from sharded_pc.transport.incoming import Listener, Wire
+from sharded_pc.wire import return_path
+
+log = logging.getLogger(__name__)
+
+
+class Connection:
+    """`wire` is a source's, found by `listener`, which other channels of the source may reach."""
+
+    def __init__(self, wire: Wire, listener: Listener, memory: GuestMemory, ending: Ending) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._wire = wire
+        self._listener = listener
+        self._memory = memory
+        self._ending = ending
+        self._return_path: ReturnPath | None = None
+        self._return_thread: threading.Thread | None = None
+        self._is_one_channel = False
+        self._second = asyncio.create_task(self._refuse_second_channel())
+
+    async def receive(self, receiver: Receiver, record_fd: int = -1) -> None:
+        """The whole stream, for `receiver`; raises what ended it too early."""
+        incoming = Incoming(
+            self._memory, self._wire.fd, self._ending.stop, self, receiver, record_fd
+        )
+        try:
+            await asyncio.to_thread(incoming.run)
+        except ShardedPcError:
+            if self._ending.trouble is not None:
+                raise self._ending.trouble from None
+            raise
+        finally:
+            await self._end_return_path()
+
+    def close(self) -> None:
+        self._second.cancel()
+        self._wire.close()
+
+    # Channels
+
+    async def _refuse_second_channel(self) -> None:
+        """Multifd (and 7.2's postcopy-preempt) opens its channels first of all; the source would
+        wait for them for ever.  The migration fails, the source's guest goes on."""
+        await self._listener.second_channel()
+        self._end_by_second_channel()
+
+    def _end_by_second_channel(self) -> None:
+        self._ending.because(second_channel(self._memory.control.postcopy_state.name))
+
+    def one_channel(self) -> None:
+        """Waited for, once: a source that must not get to its switch has no head start."""
+        if not self._is_one_channel:
+            self._is_one_channel = True
+            self._stop_listening()
+
+    @from_stream
+    async def _stop_listening(self) -> None:
+        """A newer source opens postcopy-preempt's channel as it switches.  It takes a refused
+        connection well, but not (10.0.2) a stream that breaks at that moment."""
+        if self._second.cancel() and self._listener.is_second_silent():
+            self._end_by_second_channel()
+        self._listener.close()
+
+    # The way back
+
+    @property
+    def requests_fd(self) -> int:
+        """Where fault loops may send requests themselves; -1: nowhere."""
+        fd = self._wire.back_fd
+        return fd if fd >= 0 and stat.S_ISSOCK(os.fstat(fd).st_mode) else -1
+
+    def open_return_path(self) -> None:
+        if self._return_path is not None:
+            return
+        self._return_path = ReturnPath(self._memory.control, self._wire.back_fd)
+        self._return_thread = threading.Thread(target=self._send_back, name="return-path")
+        self._return_thread.start()
+
+    def arm(self) -> None:
+        """Pages may be requested from now on."""
+        if self._return_path is not None:
+            self._return_path.arm()
+
+    def post(self, message: bytes) -> None:
+        assert self._return_path is not None
+        try:
+            self._return_path.post(message)
+        except HostError:  # ENOBUFS
+            raise RemoteProtocolError(
+                "the source does not read its return path: too many answers to it wait"
+            ) from None
+
+    def request_pages(self, block: int, page: int, count: int) -> None:
+        """Asks the source for pages that nobody faulted on; may wait for room."""
+        assert self._memory.geometry is not None
+        name = self._memory.geometry.blocks[block].name
+        if self._return_path is not None:
+            for message in return_path.req_span(page * PAGE_BYTES, count * PAGE_BYTES, name):
+                self._return_path.post(message)
+
+    def _send_back(self) -> None:
+        assert self._return_path is not None
+        try:
+            self._return_path.loop()
+        except HostError as error:
+            # The stream's thread meets the same broken wire and says what it means.
+            log.warning("%s", error)
+
+    async def _end_return_path(self) -> None:
+        if self._return_path is not None and self._return_thread is not None:
+            self._return_path.stop()
+            await asyncio.to_thread(self._return_thread.join)

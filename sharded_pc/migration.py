@@ -1,0 +1,199 @@
+"""One migration into a receiver: what the stream asks for, and the destination that takes it on.
+
+The receiver's memory, workers and guests are there before it and after it; connections come and go
+within it.  Methods under `from_stream` are the stream's thread's (incoming.Receiver).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from sharded_pc import host
+from sharded_pc.attach.server import AttachServer
+from sharded_pc.awaited import AwaitedPages
+from sharded_pc.connection import Connection
+from sharded_pc.ending import Ending
+from sharded_pc.errors import HostError, ShardedPcError
+from sharded_pc.geometry import Geometry, Placement, RamBlock
+from sharded_pc.huge_pages import HugePages
+from sharded_pc.loop_calls import from_stream
+from sharded_pc.memory import GuestMemory
+from sharded_pc.native.alias import Alias
+from sharded_pc.native.guests import Guests
+from sharded_pc.populate import Populator
+from sharded_pc.settings import Settings
+from sharded_pc.shards import Shards
+from sharded_pc.state import MigrationStatus
+
+if TYPE_CHECKING:
+    from sharded_pc.destination import QemuDestination
+
+log = logging.getLogger(__name__)
+
+LOAD_ENDS_SECONDS = 2.0
+"""From a destination's exit to the end of loading its devices."""
+
+
+class Migration:
+    """`on_status` hears each status, in the loop.  `attach` and `destination` are there or not."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        memory: GuestMemory,
+        shards: Shards,
+        populator: Populator,
+        huge_pages: HugePages,
+        ending: Ending,
+        on_status: Callable[[MigrationStatus], None],
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._settings = settings
+        self._memory = memory
+        self._shards = shards
+        self._populator = populator
+        self._huge_pages = huge_pages
+        self._ending = ending
+        self._on_status = on_status
+        self.attach: AttachServer | None = None
+        self.destination: QemuDestination | None = None
+        self._connection: Connection | None = None
+        self._machine = ""
+        self._watching: asyncio.Task | None = None
+        self._loading: asyncio.Task | None = None
+        self._readying: asyncio.Task | None = None
+
+    @property
+    def guests(self) -> Guests:
+        return self._shards.guests
+
+    async def receive(self, connection: Connection, record_fd: int) -> None:
+        """Everything that comes over the connection; then guests run on plain memory."""
+        self._connection = connection
+        self._memory.control.note_started()
+        await connection.receive(self, record_fd)
+        await self._release_guests()
+        await self._huge_pages.settle(self.guest_pids)
+
+    @property
+    def guest_pids(self) -> frozenset[int]:
+        return self.attach.pids if self.attach is not None else frozenset()
+
+    async def close(self) -> None:
+        """Nothing of it goes on; the destination does."""
+        tasks = [task for task in (self._watching, self._readying) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def configured(self, machine: str) -> None:
+        self._machine = machine
+
+    def status_changed(self, status: MigrationStatus) -> None:
+        self.loop.call_soon_threadsafe(self._on_status, status)
+
+    # The block list
+
+    @from_stream
+    async def define(self, blocks: tuple[RamBlock, ...]) -> Sequence[Alias]:
+        geometry = Geometry.of(blocks, self._settings.workers, self._settings.stripe_bytes)
+        host.require_memory(geometry.total)
+        placement = await self._make_memory(geometry)
+        for index, block in enumerate(self._memory.blocks):
+            self.guests.use_block(index, block.fd)
+        if placement is Placement.CONTINUE:
+            self._populator.start()
+        await self._shards.tell("geometry")
+        if self.attach is not None:
+            self.attach.geometry_known()
+        if self.destination is not None:
+            # Nothing more is read before it is up: a destination that cannot run ends the migration
+            # while the source's guest still can, even if the source is told to switch at once.
+            await self._ending.unless_over(self.destination.start(self._machine))
+            self._watching = asyncio.create_task(self._watch(self.destination))
+        return self._populator.aliases
+
+    async def _make_memory(self, geometry: Geometry) -> Placement:
+        reserve = self._settings.reserve
+        placement, reason = host.choose_placement(self._settings.placement, geometry.total)
+        log.info("placement %s: %s", placement, reason)
+        if reserve and placement is Placement.COPY:
+            raise HostError(f"--reserve needs placement continue: {reason}")
+        await asyncio.to_thread(self._memory.define, geometry, placement, reason, reserve=reserve)
+        return placement
+
+    # The switch
+
+    @from_stream
+    async def prepare_discard(self) -> None:
+        await self._shards.tell("prepare")
+
+    @from_stream
+    async def listen(self) -> None:
+        assert self._connection is not None
+        fd = self._connection.requests_fd
+        if fd >= 0:
+            await self._shards.tell("listen", True, fd=fd)
+        else:
+            await self._shards.tell("listen")
+        self._connection.arm()
+        self._readying = asyncio.create_task(self._make_ready())
+
+    async def _make_ready(self) -> None:
+        """Guests may run once nothing stands in memory that is not received."""
+        if any(shard.unpunched for shard in self._memory.control.shards()):
+            blocks = range(len(self._memory.blocks))
+            spans = [(b, page, n) for b in blocks for page, n in self._memory.unpunched(b)]
+            awaited = AwaitedPages(self._memory, spans)
+            log.warning(
+                "%d pages could not be dropped (huge pages of /dev/shm that somebody uses); guests "
+                "wait until they have come again", len(awaited),
+            )  # fmt: skip
+            await awaited.arrive(self.request_pages)
+        if self.attach is not None:
+            self.attach.ready()
+
+    def request_pages(self, block: int, page: int, count: int) -> None:
+        """Asks the source for pages that nobody faulted on; may wait for room."""
+        if self._connection is not None:
+            self._connection.request_pages(block, page, count)
+
+    # The destination
+
+    def load_devices(self, data: bytes) -> Future | None:
+        if self.destination is None:
+            return None
+        loading = self._load_devices(self.destination, data)
+        return asyncio.run_coroutine_threadsafe(loading, self.loop)
+
+    async def _load_devices(self, destination: QemuDestination, data: bytes) -> None:
+        self._loading = asyncio.current_task()
+        try:
+            if self._readying is not None:
+                await self._ending.unless_over(asyncio.shield(self._readying))
+            await destination.resume(self._machine, data)
+        except ShardedPcError as error:
+            self._ending.because(error)
+            raise
+
+    async def _watch(self, destination: QemuDestination) -> None:
+        """A destination that ends before everything has arrived ends the migration."""
+        try:
+            await destination.lost()
+        except ShardedPcError as error:
+            if self._loading:  # that meets the same end, and knows what it means
+                await asyncio.wait({self._loading}, timeout=LOAD_ENDS_SECONDS)
+            self._ending.because(error)
+
+    # The end
+
+    async def _release_guests(self) -> None:
+        """All pages are here: guests run on plain shared memory from now on."""
+        if self.attach is not None:
+            await self.attach.completed(huge_pages=self._huge_pages.here())
+
+    placed = from_stream(_release_guests)

@@ -1,0 +1,48 @@
+"""What a receiver is told, and how what it makes is called."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from sharded_pc.address import Address
+from sharded_pc.attach.server import STEP_SECONDS
+from sharded_pc.geometry import Placement
+
+
+def runtime_path(name: str, what: str) -> str:
+    """Where a receiver's socket stands unless the user says otherwise."""
+    folder = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"
+    return str(Path(folder) / f"sharded-pc-{name}.{what}")
+
+
+def folder_prefix(name: str) -> str:
+    """How a receiver's temporary folder is called, so that `clean` can tell whose it was."""
+    return f"sharded-pc.{name}."
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What `receive` is told; paths are file-system paths, None: not wanted."""
+
+    incoming: Address
+    name: str
+    workers: int = 2
+    placement: Placement | None = None
+    """None: what this host does best"""
+    attach: str | None = None
+    control: str | None = None
+    record: str | None = None
+    keep: bool = False
+    reserve: bool = False
+    """all RAM is allocated when the block list is here"""
+    status_fd: int | None = None
+    stripe_bytes: int | None = None
+    """None: geometry.default_stripe_bytes"""
+    attach_step_seconds: float = STEP_SECONDS
+    """patience with a client in the middle of the hand-over"""
+    qemu: tuple[str, ...] = ()
+    """command line of a destination to resume; (): none"""
+    qemu_stdout: int | None = None
+    """descriptor that its standard output goes to; None: ours"""
