@@ -73,7 +73,7 @@ class Rig:
         self._guests.use_block(0, self.memory.blocks[0].fd)
         self._exit.callback(self._guests.close)
         self.memory.pool.map[:] = bytes([FILLING]) * self.memory.pool.size
-        self._shards = Shards(self.memory, self._workers)
+        self._shards = Shards(self.memory, self._workers, self._guests)
         self._exit.push_async_callback(self._shards.stop)
         for process in self._shards.processes:
             process.on_trouble = self._on_trouble
@@ -181,7 +181,7 @@ class Rig:
         """Starts a guest process, attached over a real attach socket."""
         folder = self._exit.enter_context(tempfile.TemporaryDirectory(prefix="sharded-pc-bench-"))
         path = str(Path(folder) / "attach")
-        server = AttachServer(path, self.memory, self._add_guest, self._drop_guest)
+        server = AttachServer(path, self.memory, self._shards.add_guest, self._shards.drop_guest)
         self._exit.push_async_callback(server.close)
         server.geometry_known()
         server.ready()
@@ -206,14 +206,3 @@ class Rig:
     def _serve(self, stop: Stop) -> None:
         memory = self.memory
         floor.feed_requests(self._guests, memory.received, memory.pool.map, stop)
-
-    async def _add_guest(
-        self, slot: int, addresses: list[int], mode: int, uffds: list[int]
-    ) -> None:
-        self._guests.add(slot, uffds, addresses)
-        for process, fd in zip(self._shards.processes, uffds, strict=True):
-            await process.tell("guest", slot, addresses, mode, fd=fd)
-
-    async def _drop_guest(self, slot: int, release: bool) -> None:
-        await self._shards.tell("drop", slot, release)
-        self._guests.drop(slot)
