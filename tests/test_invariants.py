@@ -62,6 +62,8 @@ def test_hammered_pages_are_whole_and_right(tmp_path, unique_name, bandwidth):
         for seed, guest in enumerate(guests):
             guest.ask("attach", receiver.attach)
             guest.say("visit_all", seed, threads=4)
+        # All of them are at it, else a flood is over before they begin.
+        wait_until(lambda: len(source.back.requests) >= 4 * len(guests), "requests", WAIT_S)
         Background(source.end).result()
         assert [guest.answer() for guest in guests] == [[], [], []]
         info = receiver.finish()

@@ -168,7 +168,13 @@ class TestControl:
                 seen = [control_status(control, "postcopy-active")]
                 source.set_parameters(max_postcopy_bandwidth=0)
                 seen.append(control_status(control, "completed"))
-                events = self.events(control)
+                events: list[str] = []
+
+                def told() -> bool:  # the word is known a moment before it is told
+                    events.extend(self.events(control))
+                    return "completed" in events
+
+                wait_until(told, "the last event")
             outcome = receiver.finish()
             check_equal(source, receiver, outcome)
         assert events == ["active", "postcopy-active", "completed"]
