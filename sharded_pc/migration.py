@@ -145,6 +145,15 @@ class Migration:
 
     async def _make_ready(self) -> None:
         """Guests may run once nothing stands in memory that is not received."""
+        try:
+            await self._overwrite_unpunched()
+        except ShardedPcError as error:  # the source does not hear us
+            self._ending.because(error)
+            raise
+        if self.attach is not None:
+            self.attach.ready()
+
+    async def _overwrite_unpunched(self) -> None:
         if any(shard.unpunched for shard in self._memory.control.shards()):
             blocks = range(len(self._memory.blocks))
             spans = [(b, page, n) for b in blocks for page, n in self._memory.unpunched(b)]
@@ -154,8 +163,6 @@ class Migration:
                 "wait until they have come again", len(awaited),
             )  # fmt: skip
             await awaited.arrive(self.request_pages)
-        if self.attach is not None:
-            self.attach.ready()
 
     def request_pages(self, block: int, page: int, count: int) -> None:
         """Asks the source for pages that nobody faulted on; may wait for room."""
