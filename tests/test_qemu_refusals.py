@@ -39,6 +39,8 @@ def refusal(text: str) -> str:
         ("-M x-remote", "QEMU machine x-remote"),
         ("-m 64 -machine type=x-remote", "QEMU machine x-remote"),
         ("-device {'driver':1}", "is not JSON"),
+        ("-netdev passt,id=n,vhost-user=on", "netdev vhost-user: its back-end maps the RAM"),
+        ("-device pvrdma", "QEMU device pvrdma"),
     ],
 )
 def test_options(text, says):

@@ -219,6 +219,25 @@ class TestBehindAShell:
             os.kill(vms.guest.pid, signal.SIGKILL)
             check_error(vms.runner.finish(), 6, "exited with 137 while pages were missing")
 
+    def test_killed_while_the_shell_lives_on(self, tmp_path, unique_name, binary):
+        """It is QEMU that counts, not what stands in front of it."""
+        os.mkfifo(tmp_path / "fifo")
+        front = ("sh", "-c", f'"$0" "$@"; read word <{tmp_path}/fifo; exit 0')
+        with pair(tmp_path, unique_name, binary, front=front) as vms:
+            vms.resume()
+            os.kill(vms.guest.pid, signal.SIGKILL)
+            check_error(vms.runner.finish(), 6, "ended while pages were missing")
+
+    def test_shell_that_ends_first(self, tmp_path, unique_name, binary):
+        """As -daemonize: nobody would be QEMU's parent."""
+        front = ("sh", "-c", '"$0" "$@" & exit 0')
+        with pair(tmp_path, unique_name, binary, front=front) as vms:
+            begin_precopy(vms.source, vms.runner.uri())
+            check_error(
+                vms.runner.finish(), 1, "QEMU exited with 0 before it could open its monitor"
+            )
+            check_source_runs(vms.source)
+
 
 class TestWhilePagesAreMissing:
     def test_qemu_killed(self, tmp_path, unique_name, binary):

@@ -152,9 +152,13 @@ class QemuDestination:
             await self._monitor.put_back("x-ignore-shared")
             await asyncio.to_thread(stream.send_devices, devices)
             await self._monitor.loaded()
-            await self._monitor.put_back("events")
         finally:
             stream.close()
+        if why := await self._monitor.put_back("x-ignore-shared", "events"):
+            log.error(
+                "QEMU keeps the capability x-ignore-shared (%s): do not save this guest or migrate "
+                "it on, its RAM would be left out; turn it off by migrate-set-capabilities", why,
+            )  # fmt: skip
 
     def _private(self) -> list[tuple[int, RamBlock]]:
         """Blocks that QEMU keeps in memory of its own, with their index."""
@@ -188,8 +192,7 @@ class QemuDestination:
         """Raises GuestLost when QEMU ends (QemuFailed if its guest never ran here); never returns
         otherwise."""
         assert self._process is not None
-        await self._process.exited()
-        await self._process.lost(resumed=self.resumed)
+        await self._process.lost(resumed=lambda: self.resumed)
 
     def terminate(self) -> None:
         """Asks QEMU to end, as SIGTERM does."""

@@ -104,13 +104,14 @@ class Monitor:
         except ExecuteError as error:
             raise QemuFailed(f"QEMU does not wait for the stream: {error}") from error
 
-    async def put_back(self, *names: str) -> None:
+    async def put_back(self, *names: str) -> str | None:
         """Capabilities are as the user had them: a guest that is migrated on, saved or dumped
-        afterwards takes its RAM along."""
+        afterwards takes its RAM along.  QEMU's words if it keeps one."""
         try:
             await self._set({name: self._before.get(name, False) for name in names})
         except ExecuteError as error:
-            log.warning("QEMU keeps the migration capabilities %s: %s", ", ".join(names), error)
+            return str(error)
+        return None
 
     async def _set(self, states: dict[str, bool]) -> None:
         pairs = [{"capability": name, "state": on} for name, on in states.items()]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from qemu.qmp import QMPError
 
 from sharded_pc.destination.monitor import QemuFailed
 from sharded_pc.errors import GuestLost, HostError
+
+log = logging.getLogger(__name__)
 
 EXIT_SECONDS = 2.0
 """From QEMU's monitor closing to its exit code."""
@@ -23,10 +26,13 @@ class QemuProcess:
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
+        self._loop = asyncio.get_running_loop()
         self._exit = asyncio.create_task(process.wait())
-        self._qemu_pid = process.pid
         self._qemu_pidfd = -1
         """of a QEMU that is not our child, so that no other process is ever meant"""
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        """QEMU itself"""
+        self._exit.add_done_callback(lambda _: self._qemu_pidfd < 0 and self._note_ended())
 
     @classmethod
     async def start(
@@ -52,36 +58,51 @@ class QemuProcess:
         if pid != self._process.pid and self._qemu_pidfd < 0:
             with contextlib.suppress(ProcessLookupError):
                 self._qemu_pidfd = os.pidfd_open(pid)
-                self._qemu_pid = pid
+                self._loop.add_reader(self._qemu_pidfd, self._note_ended)
+
+    def _note_ended(self) -> None:
+        if self._qemu_pidfd >= 0:
+            self._loop.remove_reader(self._qemu_pidfd)
+        if not self._ended.done():
+            self._ended.set_result(None)
 
     async def exited(self) -> int:
-        """The exit code; 128 + N for a signal."""
+        """The exit code of what the user's command line started, when that and QEMU have ended;
+        128 + N for a signal."""
+        await asyncio.shield(self._ended)
         code = await asyncio.shield(self._exit)
         return 128 - code if code < 0 else code
 
-    async def lost(self, *, resumed: bool) -> None:
-        """Raises when the process ends: GuestLost if its guest ran here, else QemuFailed."""
-        code = await asyncio.shield(self._exit)
-        if resumed:
-            raise GuestLost(f"QEMU {_ending(code)} while pages were missing")
-        raise QemuFailed(f"QEMU {_ending(code)} before the guest could go on there")
+    async def _ending(self) -> str:
+        """How QEMU ended, as far as is known: what stands in front of it may tell, or live on."""
+        await asyncio.wait({self._exit}, timeout=EXIT_SECONDS)
+        if not self._exit.done():
+            return "ended"
+        code = self._exit.result()
+        return f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
+
+    async def lost(self, *, resumed: Callable[[], bool]) -> None:
+        """Raises when QEMU ends: GuestLost if its guest has `resumed` here, else QemuFailed."""
+        await asyncio.shield(self._ended)
+        how = await self._ending()
+        if resumed():
+            raise GuestLost(f"QEMU {how} while pages were missing")
+        raise QemuFailed(f"QEMU {how} before the guest could go on there")
 
     async def unless_exited(self, wanted: Awaitable, seconds: float, doing: str):
         """The result of `wanted`; QemuFailed if QEMU exits or `seconds` pass before."""
         task = asyncio.ensure_future(wanted)
         try:
             await asyncio.wait(
-                {task, self._exit}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+                {task, self._ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
             )
             if task.done() and isinstance(task.exception(), QMPError):
-                await asyncio.wait({self._exit}, timeout=EXIT_SECONDS)  # why the monitor closed
+                await asyncio.wait({self._ended}, timeout=EXIT_SECONDS)  # why the monitor closed
             elif task.done():
                 return task.result()
-            if self._exit.done():
-                raise QemuFailed(
-                    f"QEMU {_ending(self._exit.result())} before it could {doing} (its message "
-                    f"stands above)"
-                )
+            if self._ended.done():
+                how = await self._ending()
+                raise QemuFailed(f"QEMU {how} before it could {doing} (its message stands above)")
             if task.done():
                 raise QemuFailed(f"QEMU's monitor failed: {task.exception()}") from task.exception()
             raise QemuFailed(f"QEMU did not {doing} within {seconds:.0f} s")
@@ -90,13 +111,14 @@ class QemuProcess:
             await asyncio.gather(task, return_exceptions=True)
 
     def terminate(self) -> None:
-        """Asks QEMU to end, as SIGTERM does; what stands in front of it ends with it."""
+        """Asks QEMU to end, as SIGTERM does; if it has, what stands in front of it."""
         self._signal(signal.SIGTERM)
 
     async def end(self) -> None:
         """No process afterwards.  Never raises."""
         self._signal(signal.SIGKILL)
         if self._qemu_pidfd >= 0:
+            self._note_ended()
             os.close(self._qemu_pidfd)
             self._qemu_pidfd = -1
         self._signal(signal.SIGKILL)
@@ -105,11 +127,10 @@ class QemuProcess:
     def _signal(self, number: signal.Signals) -> None:
         """Not by asyncio's process: its send_signal() may take the exit code from its watcher."""
         with contextlib.suppress(ProcessLookupError):
-            if self._qemu_pidfd >= 0:
-                signal.pidfd_send_signal(self._qemu_pidfd, number)
-            elif not self._exit.done():
-                os.kill(self._process.pid, number)
-
-
-def _ending(code: int) -> str:
-    return f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
+            try:
+                if self._qemu_pidfd >= 0 and not self._ended.done():
+                    signal.pidfd_send_signal(self._qemu_pidfd, number)
+                elif not self._exit.done():
+                    os.kill(self._process.pid, number)
+            except PermissionError:  # `sudo -u` stands in front
+                log.warning("QEMU may not be signalled by this user; it is left running")

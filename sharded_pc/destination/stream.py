@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sharded_pc.errors import HostError
 from sharded_pc.geometry import PAGE_BYTES, RamBlock
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.records import block_records
@@ -28,12 +29,15 @@ LOOK_SECONDS = 0.0002
 
 class ResumeStream:
     """One stream: everything up to the end of RAM, then the devices; `private` are the blocks that
-    QEMU keeps in memory of its own, with their index."""
+    QEMU keeps in memory of its own, with their index.  HostError."""
 
     def __init__(self, path: Path, memory: GuestMemory, timeout: float) -> None:
         self._memory = memory
         self._timeout = timeout
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise HostError(f"make a socket: {error.strerror}") from error
         self._sock.settimeout(timeout)
         self._path = str(path)
 

@@ -137,7 +137,11 @@ int sp_place_zero(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages)
             bool waited = sp_bit_test(w->requested, bit), stands = sp_bit_test(w->written, bit);
             done = sp_bits_run(w->requested, bit, sp_bits_run(w->written, bit, run));
             done = waited || stands ? 1 : done;
-            int rc = stands ? overwrite(w, block, page, ZEROS) : waited ? sp_fill_hole(w, block, page) : 0;
+            int rc = 0;
+            if (stands)
+                rc = overwrite(w, block, page, ZEROS);
+            else if (waited)
+                rc = sp_fill_hole(w, block, page);
             if (rc) {
                 w->err_bit = bit;
                 return rc;
@@ -177,6 +181,7 @@ int sp_discard_pages(sp_worker *w, uint32_t block, uint64_t page, uint64_t pages
 {
     off_t at = (off_t)(page * SP_PAGE_BYTES), end = at + (off_t)(pages * SP_PAGE_BYTES);
     sp_bits_clear(w->received, bit_of(w, block, page), pages);
+    sp_bits_clear(w->written, bit_of(w, block, page), pages);
     sp_count(&w->shard->counters.discarded, pages);
     for (int tries = PUNCHES; tries; tries--) {
         if (fallocate(w->fd[block], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, end - at))

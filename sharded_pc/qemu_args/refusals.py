@@ -38,6 +38,7 @@ DEVICES = {
     "vhost-vdpa*": _VHOST_USER,
     "x-pci-proxy-dev": _VHOST_USER,
     "vfio-*": _PASSED,
+    "pvrdma": _PASSED,
     "virtio-mem*": "its plugged memory is not in the stream; use pc-dimm, at the source as well",
     "ivshmem-*": "its memory is shared with others, who would not wait for a page; unplug it at "
     "the source before it migrates",
@@ -138,7 +139,10 @@ def _look_at_block(option: Option) -> None:
 
 
 def _look_at_netdev(option: Option) -> None:
-    _look_up(NETDEVS, option.values().get("type"), "netdev")
+    values = option.values()
+    _look_up(NETDEVS, values.get("type"), "netdev")
+    if is_true(values.get("vhost-user")):  # passt, QEMU 10.1
+        _look_up(NETDEVS, "vhost-user", "netdev")
 
 
 _LOOKS = {

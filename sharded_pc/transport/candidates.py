@@ -135,7 +135,7 @@ class Candidates:
             return await _opening(sock)
 
     def _judge(self, sock: socket.socket, peer: str, opening: bytes) -> None:
-        if opening.startswith(MULTIFD):
+        if opening.startswith(MULTIFD) and self._peer in ("", peer):
             self._second.set()
             if not self._found.done():
                 self._found.set_exception(second_channel())
