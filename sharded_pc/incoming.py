@@ -380,6 +380,7 @@ class Incoming:
     def _complete(self) -> None:
         """The parser is content: the migration has arrived."""
         self._control.note_ended()
+        self._control.note_transferred(self._stream.offset)
         self._status(MigrationStatus.COMPLETED)
         if self._has_return_path:
             self._channels.post(return_path.shut(0))
