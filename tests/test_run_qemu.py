@@ -121,10 +121,7 @@ def check_info(vms: Pair, info: dict[str, Any]) -> None:
     assert 0 < ours <= counted + 8 and counted <= ours + 8
     shards = info["sharded"]["shards"]
     assert all(shard["faults"] for shard in shards)
-    # Two pages that are waited for at once may share a place (control.h, sp_waiter): a sample is
-    # lost then, never a fault.
-    samples, faults = sum(info["postcopy-latency-dist"]), sum(shard["faults"] for shard in shards)
-    assert samples <= faults <= samples + 2
+    assert sum(info["postcopy-latency-dist"]) == sum(shard["faults"] for shard in shards)
 
 
 def check_plain(vms: Pair) -> None:
