@@ -101,7 +101,7 @@ class Connection:
     def arm(self) -> None:
         """Pages may be requested from now on."""
         if self._return_path is not None:
-            self._return_path.arm()
+            self._return_path.arm(self._memory.received, self._memory.requested)
 
     def post(self, message: bytes) -> None:
         assert self._return_path is not None

@@ -15,7 +15,7 @@
 #include "bitmap.h"
 #include "ring.h"
 
-#define SP_CONTROL_MAGIC 0x6374726c73706333ULL /* "ctrlspc3" */
+#define SP_CONTROL_MAGIC 0x6374726c73706334ULL /* "ctrlspc4" */
 #define SP_PAGE_BYTES 4096u
 #define SP_POOL_SLOTS 256u /* tmp pages of a shard: 1 MiB, the most a requested page waits behind */
 #define SP_MAX_BLOCKS 250u /* an attaching guest gets one descriptor per block in one message */
@@ -109,6 +109,10 @@ typedef struct sp_control {
     /* Who writes on the return path now, 0: nobody; a message must not be cut by another.  Writers:
      * the return-path loop (SP_BACK_LOOP) and, if it is free, fault loops (shard + 1); seq_cst. */
     _Atomic uint32_t back_writer;
+    /* There is no way back now: what is requested and not received is asked for when there is one
+     * again (return_path.h), so nobody needs to queue it.  Writer: coordinator; seq_cst, for it forms
+     * a Dekker pair with `requested`. */
+    _Atomic uint32_t back_lost;
     alignas(64) sp_totals totals;
     sp_block blocks[SP_MAX_BLOCKS];
     alignas(64) sp_shard shards[];

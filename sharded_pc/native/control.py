@@ -183,6 +183,14 @@ class Control:
     def note_worker(self, index: int, pid: int) -> None:
         lib.sp_note_shard(self.raw, index, pid)
 
+    def note_back_lost(self) -> None:
+        """There is no way back to the source, until a return path is armed."""
+        lib.sp_note_back_lost(self.raw)
+
+    def take_back_writer(self, shard: int) -> None:
+        """A shard's worker is dead: the return path does not wait for what it was writing."""
+        lib.sp_rp_take_back(self.raw, shard)
+
     def note_guests(self, count: int) -> None:
         lib.sp_note_guests(self.raw, count)
 

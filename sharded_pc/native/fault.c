@@ -74,21 +74,20 @@ static bool stopped(sp_worker *w, uint32_t guest)
     return atomic_load(&w->stop) || atomic_load(&w->guests[guest].stop);
 }
 
+/* While the way back is lost the claimed bit says it all: the page is asked for when there is one. */
 static void request(sp_worker *w, uint32_t guest, const fault *f)
 {
     sp_desc d = {f->page, 1, 0, f->block, SP_DESC_REQUEST};
-    if (w->back_fd >= 0 &&
-        sp_rp_request(w->control, w->back_fd, w->index, f->block, f->page, &w->stop)) {
-        sp_count(&w->shard->counters.requests, 1);
+    sp_count(&w->shard->counters.requests, 1);
+    if (atomic_load(&w->control->back_lost) ||
+        (w->back_fd >= 0 && sp_rp_request(w->control, w->back_fd, w->index, f->block, f->page)))
         return;
-    }
     while (!sp_ring_push(&w->shard->requests[guest], &d)) {
         sp_bell_ring(&w->control->requests);
-        if (stopped(w, guest))
+        if (stopped(w, guest) || atomic_load(&w->control->back_lost))
             return;
         sched_yield();
     }
-    sp_count(&w->shard->counters.requests, 1);
     sp_bell_ring(&w->control->requests);
 }
 

@@ -1,16 +1,23 @@
 #define _GNU_SOURCE
 #include "return_path.h"
 
+#include <endian.h>
 #include <errno.h>
+#include <linux/sockios.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { MSG_REQ_PAGES_ID = 3, MSG_REQ_PAGES = 4, LARGEST_REQUEST = 4 + 12 + 1 + 255 };
+enum { MSG_REQ_PAGES_ID = 3, MSG_REQ_PAGES = 4, MSG_RECV_BITMAP = 5 };
+enum { LARGEST_REQUEST = 4 + 12 + 1 + 255, MOST_PAGES = 1 << 18 /* QEMU reads an int of bytes */ };
 enum { IDLE_MS = 1000, WIRE_STUCK_MS = 200 };
+
+/* QEMU migration/ram.c RAMBLOCK_RECV_BITMAP_ENDING */
+static const uint64_t BITMAP_END = 0x0123456789abcdefULL;
 
 sp_return_path *sp_rp_new(sp_control *c, int fd)
 {
@@ -47,10 +54,35 @@ int sp_rp_post(sp_return_path *rp, const uint8_t *msg, size_t len)
     return rc;
 }
 
-void sp_rp_arm(sp_return_path *rp)
+void sp_rp_arm(sp_return_path *rp, const sp_word *received, const sp_word *requested)
 {
+    rp->received = received;
+    rp->requested = requested;
+    atomic_store(&rp->control->back_lost, 0);
+    atomic_store(&rp->again, 1);
     atomic_store(&rp->armed, 1);
     sp_bell_ring(&rp->control->requests);
+}
+
+void sp_rp_again(sp_return_path *rp)
+{
+    atomic_store(&rp->again, 1);
+    sp_bell_ring(&rp->control->requests);
+}
+
+int sp_rp_bitmap(sp_return_path *rp, const sp_word *received, uint32_t block)
+{
+    int rc = -ENOBUFS;
+    pthread_mutex_lock(&rp->lock);
+    if (rp->n_bitmaps < SP_MAX_BLOCKS) {
+        rp->received = received;
+        rp->bitmaps[rp->n_bitmaps++] = block;
+        atomic_store(&rp->posted, 1);
+        rc = 0;
+    }
+    pthread_mutex_unlock(&rp->lock);
+    sp_bell_ring(&rp->control->requests);
+    return rc;
 }
 
 void sp_rp_stop(sp_return_path *rp)
@@ -91,25 +123,16 @@ static void put_request(sp_return_path *rp, const sp_desc *d)
     sp_count(&rp->control->totals.requests_sent, 1);
 }
 
-/* The rest of a message that the wire took a part of: nobody may write before it is whole. */
-static bool send_rest(int fd, const uint8_t *bytes, size_t n, const _Atomic uint32_t *stop)
+/* Nothing waits to be sent, so a message of some hundred bytes is taken whole or not at all: a TCP
+ * socket cuts one only where it fills up a segment that waits (Linux net/ipv4/tcp.c
+ * tcp_sendmsg_locked), a Unix socket never does and does not know the question. */
+static bool fits_whole(int fd)
 {
-    while (n && !atomic_load(stop)) {
-        struct pollfd p = {.fd = fd, .events = POLLOUT};
-        poll(&p, 1, WIRE_STUCK_MS);
-        ssize_t w = send(fd, bytes, n, MSG_DONTWAIT | MSG_NOSIGNAL);
-        if (w < 0 && errno != EAGAIN && errno != EINTR)
-            return true; /* the wire is broken: the stream's thread says so */
-        if (w > 0) {
-            bytes += w;
-            n -= (size_t)w;
-        }
-    }
-    return true;
+    int unsent = 0;
+    return ioctl(fd, SIOCOUTQNSD, &unsent) != 0 || unsent == 0;
 }
 
-bool sp_rp_request(sp_control *c, int fd, uint32_t shard, uint32_t block, uint64_t page,
-                   const _Atomic uint32_t *stop)
+bool sp_rp_request(sp_control *c, int fd, uint32_t shard, uint32_t block, uint64_t page)
 {
     uint8_t message[LARGEST_REQUEST];
     uint32_t nobody = 0;
@@ -117,18 +140,26 @@ bool sp_rp_request(sp_control *c, int fd, uint32_t shard, uint32_t block, uint64
     size_t n = write_request(c, message, &d, true);
     if (!atomic_compare_exchange_strong(&c->back_writer, &nobody, shard + 1))
         return false;
-    ssize_t w = send(fd, message, n, MSG_DONTWAIT | MSG_NOSIGNAL);
-    bool sent = w == (ssize_t)n || (w > 0 && send_rest(fd, message + w, n - (size_t)w, stop));
+    ssize_t w = fits_whole(fd) ? send(fd, message, n, MSG_DONTWAIT | MSG_NOSIGNAL) : -1;
+    if (w > 0 && w < (ssize_t)n) /* no kernel does: a cut message must not be gone on with */
+        shutdown(fd, SHUT_RDWR);
     atomic_store(&c->back_writer, 0);
-    if (sent)
+    if (w == (ssize_t)n)
         sp_count(&c->totals.requests_sent, 1);
-    return sent;
+    return w == (ssize_t)n;
 }
 
-static void take_outbox(sp_return_path *rp)
+void sp_rp_take_back(sp_control *c, uint32_t shard)
+{
+    uint32_t dead = shard + 1;
+    atomic_compare_exchange_strong(&c->back_writer, &dead, 0);
+}
+
+/* True if something is to be written, which may be a bitmap alone. */
+static bool take_outbox(sp_return_path *rp)
 {
     if (!atomic_load(&rp->posted))
-        return;
+        return false;
     pthread_mutex_lock(&rp->lock);
     memcpy(rp->out + rp->n_out, rp->outbox, rp->n_outbox);
     rp->n_out += rp->n_outbox;
@@ -136,6 +167,7 @@ static void take_outbox(sp_return_path *rp)
     rp->last_block = UINT32_MAX; /* what was posted may have named a block */
     atomic_store(&rp->posted, 0);
     pthread_mutex_unlock(&rp->lock);
+    return true;
 }
 
 static void take_requests(sp_return_path *rp)
@@ -151,6 +183,43 @@ static void take_requests(sp_return_path *rp)
                 sp_ring_pop(ring);
             }
         }
+}
+
+/* The first run of pages from the loop's place on that are requested and not received; false: there
+ * is none any more. */
+static bool next_outstanding(sp_return_path *rp, sp_desc *d)
+{
+    uint32_t n_blocks = atomic_load(&rp->control->n_blocks);
+    for (; rp->again_block < n_blocks; rp->again_block++, rp->again_page = 0) {
+        const sp_block *b = &rp->control->blocks[rp->again_block];
+        for (uint64_t pages = sp_block_pages(b), run; rp->again_page < pages;) {
+            uint64_t page = rp->again_page, bit = b->first_bit + page;
+            run = sp_bits_run(rp->requested, bit, pages - page);
+            if (sp_bit_test(rp->requested, bit)) {
+                run = sp_bits_run(rp->received, bit, run < MOST_PAGES ? run : MOST_PAGES);
+                if (!sp_bit_test(rp->received, bit))
+                    *d = (sp_desc){page, run, 0, rp->again_block, SP_DESC_REQUEST};
+            }
+            rp->again_page += run;
+            if (d->pages)
+                return true;
+        }
+    }
+    return false;
+}
+
+static void take_outstanding(sp_return_path *rp)
+{
+    if (!atomic_load(&rp->armed))
+        return;
+    if (atomic_exchange(&rp->again, 0))
+        rp->again_page = rp->again_block = 0;
+    while (rp->n_out + LARGEST_REQUEST <= sizeof rp->out) {
+        sp_desc d = {0};
+        if (!next_outstanding(rp, &d))
+            return;
+        put_request(rp, &d);
+    }
 }
 
 static sp_status broken(sp_return_path *rp, int err)
@@ -187,8 +256,8 @@ static sp_status write_out(sp_return_path *rp)
     return SP_OK;
 }
 
-/* Fault loops write for microseconds, and what was posted before a stop has to go out; one that died
- * in the middle has cut its message, and the wire with it. */
+/* Fault loops write for microseconds, and what was posted before a stop has to go out; the word of one
+ * that died is taken back (sp_rp_take_back). */
 static bool take_turn(sp_return_path *rp)
 {
     uint32_t nobody = 0;
@@ -204,13 +273,58 @@ static bool take_turn(sp_return_path *rp)
     return true;
 }
 
+/* A block whose received bitmap is wanted; UINT32_MAX: none. */
+static uint32_t take_bitmap(sp_return_path *rp)
+{
+    uint32_t block = UINT32_MAX;
+    pthread_mutex_lock(&rp->lock);
+    if (rp->n_bitmaps) {
+        block = rp->bitmaps[0];
+        memmove(rp->bitmaps, rp->bitmaps + 1, --rp->n_bitmaps * sizeof *rp->bitmaps);
+    }
+    pthread_mutex_unlock(&rp->lock);
+    return block;
+}
+
+static sp_status flush_out(sp_return_path *rp)
+{
+    sp_status st = write_out(rp);
+    rp->n_out = 0;
+    return st;
+}
+
+static sp_status write_bitmap(sp_return_path *rp, uint32_t block)
+{
+    const sp_block *b = &rp->control->blocks[block];
+    size_t len = strnlen(b->name, sizeof b->name);
+    sp_status st = SP_OK;
+    uint64_t words = (sp_block_pages(b) + 63) / 64;
+    uint8_t *at = put(put(rp->out, MSG_RECV_BITMAP, 2), 1 + len, 2);
+    at = put(at, len, 1);
+    memcpy(at, b->name, len);
+    rp->n_out = (size_t)(put(at + len, words * 8, 8) - rp->out);
+    for (uint64_t i = 0; i < words; i++, rp->n_out += 8) {
+        if (rp->n_out + 8 > sizeof rp->out && (st = flush_out(rp)) != SP_OK)
+            return st;
+        uint64_t word = htole64(atomic_load(&rp->received[b->first_bit / 64 + i]));
+        memcpy(rp->out + rp->n_out, &word, 8);
+    }
+    if ((st = flush_out(rp)) != SP_OK)
+        return st;
+    rp->n_out = (size_t)(put(rp->out, BITMAP_END, 8) - rp->out);
+    return flush_out(rp);
+}
+
 static sp_status send_out(sp_return_path *rp)
 {
     sp_status st = SP_OK;
+    uint32_t block;
     if (rp->fd >= 0) {
         if (!take_turn(rp))
             return SP_STOPPED;
         st = write_out(rp);
+        while (st == SP_OK && (block = take_bitmap(rp)) != UINT32_MAX)
+            st = write_bitmap(rp, block);
         atomic_store(&rp->control->back_writer, 0);
     }
     rp->n_out = 0;
@@ -223,9 +337,10 @@ sp_status sp_rp_loop(sp_return_path *rp)
     for (;;) {
         uint32_t seen = sp_bell_prepare(&rp->control->requests);
         uint32_t stop = atomic_load(&rp->stop);
-        take_outbox(rp);
+        bool posted = take_outbox(rp);
+        take_outstanding(rp);
         take_requests(rp);
-        if (rp->n_out) {
+        if (posted || rp->n_out) {
             sp_bell_cancel(&rp->control->requests);
             sp_status st = send_out(rp);
             if (st != SP_OK)

@@ -115,6 +115,11 @@ void sp_note_guests(sp_control *c, uint32_t n)
     atomic_store(&c->n_guests, n);
 }
 
+void sp_note_back_lost(sp_control *c)
+{
+    atomic_store(&c->back_lost, 1);
+}
+
 void sp_add_transferred(sp_control *c, uint64_t total)
 {
     atomic_store_explicit(&c->totals.transferred, total, memory_order_relaxed);

@@ -42,6 +42,7 @@ int sp_view_shard_of(sp_control *c, uint32_t block, uint64_t page);
 void sp_note_time(sp_control *c, int what);
 void sp_note_shard(sp_control *c, uint32_t index, uint32_t pid);
 void sp_note_guests(sp_control *c, uint32_t n);
+void sp_note_back_lost(sp_control *c);
 void sp_add_transferred(sp_control *c, uint64_t total);
 
 /* The oldest page request of a shard's guests, waiting at most timeout_ms; 1, or 0: there is none.

@@ -238,6 +238,9 @@ static void *read_all(void *arg)
     return NULL;
 }
 
+/* No page of either block. */
+static const sp_word NOTHING[5];
+
 static void return_path(void)
 {
     traffic t = {.control = new_control(2)};
@@ -247,7 +250,7 @@ static void return_path(void)
     pthread_t thread[5];
     for (int i = 0; i < 5; i++)
         CHECK_EQ(pthread_create(&thread[i], NULL, ROUTINES[i], &t), 0);
-    sp_rp_arm(t.rp);
+    sp_rp_arm(t.rp, NOTHING, NOTHING);
     for (int i = 1; i < 5; i++)
         CHECK_EQ(pthread_join(thread[i], NULL), 0);
     sp_rp_stop(t.rp);
@@ -259,11 +262,11 @@ static void return_path(void)
     free(t.control);
 }
 
-/* As fault.c: straight to the wire, or through the ring while somebody else writes.  The wire is
- * TCP with little room, so that messages are taken in parts. */
+/* As fault.c: straight to the wire, or through the ring while somebody else writes or something waits to
+ * be sent.  The wire is TCP with little room: a message that did not fit would be taken in parts, and
+ * the wire shut down. */
 typedef struct direct {
     traffic t;
-    _Atomic uint32_t stop;
     uint8_t asked[2][REQUESTS];
 } direct;
 
@@ -273,7 +276,7 @@ static void *ask_directly(void *arg)
     sp_control *c = d->t.control;
     uint32_t shard = atomic_fetch_add(&d->t.next_shard, 1);
     for (uint64_t i = 0; i < REQUESTS; i++) {
-        if (sp_rp_request(c, d->t.wire[0], shard, shard, i, &d->stop))
+        if (sp_rp_request(c, d->t.wire[0], shard, shard, i))
             continue;
         sp_desc one = {i, 1, 0, shard, SP_DESC_REQUEST};
         while (!sp_ring_push(&c->shards[shard].requests[shard], &one))
@@ -337,7 +340,7 @@ static void direct_requests(void)
     d->t.rp = sp_rp_new(d->t.control, d->t.wire[0]);
     static const routine ROUTINES[] = {write_loop, read_whole, ask_directly, ask_directly, post};
     pthread_t thread[5];
-    sp_rp_arm(d->t.rp);
+    sp_rp_arm(d->t.rp, NOTHING, NOTHING);
     for (int i = 0; i < 5; i++)
         CHECK_EQ(pthread_create(&thread[i], NULL, ROUTINES[i], d), 0);
     for (int i = 1; i < 5; i++)
