@@ -26,18 +26,14 @@ class AwaitedPages:
         """Pages."""
         return sum(pages for _, _, pages in self._spans)
 
-    async def arrive(self, request: Callable[[int, int, int], None]) -> None:
-        """Asks the source by `request(block, page, pages)`, which may block, and returns when all
-        are here.  The caller sets the time limit."""
+    async def arrive(self, ask: Callable[[], None]) -> None:
+        """Marks them as requested, has the source asked by `ask()`, and returns when all are here.
+        The caller sets the time limit."""
         for block, page, pages in self._spans:
             self._memory.requested.set(self._bit(block, page), pages)
-        await asyncio.to_thread(self._ask, request)
+        ask()
         while not all(map(self._is_here, self._spans)):
             await asyncio.sleep(LOOK_SECONDS)
-
-    def _ask(self, request: Callable[[int, int, int], None]) -> None:
-        for span in self._spans:
-            request(*span)
 
     def _is_here(self, span: Span) -> bool:
         block, page, pages = span

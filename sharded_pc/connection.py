@@ -1,7 +1,7 @@
 """One connection of a source: its wire, the stream's thread, and the way back.
 
-It lives from the source's first byte to the wire's end; the memory, its guests and the migration
-outlive it.
+It lives from the source's first byte to the wire's end, which is the migration's end, its failure, or
+a pause; the memory, its guests and the migration outlive it.
 """
 
 from __future__ import annotations
@@ -14,27 +14,38 @@ import threading
 
 from sharded_pc.ending import Ending
 from sharded_pc.errors import HostError, RemoteProtocolError, ShardedPcError
-from sharded_pc.geometry import PAGE_BYTES
 from sharded_pc.incoming import Incoming, Receiver
 from sharded_pc.loop_calls import from_stream
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.return_path import ReturnPath
 from sharded_pc.transport.candidates import second_channel
 from sharded_pc.transport.incoming import Listener, Wire
-from sharded_pc.wire import return_path
 
 log = logging.getLogger(__name__)
 
 
 class Connection:
-    """`wire` is a source's, found by `listener`, which other channels of the source may reach."""
+    """`wire` is a source's, found by `listener`, which other channels of the source may reach.
 
-    def __init__(self, wire: Wire, listener: Listener, memory: GuestMemory, ending: Ending) -> None:
+    With `resumes` it goes on with a paused migration, whose RAM has this section number.
+    """
+
+    def __init__(
+        self,
+        wire: Wire,
+        listener: Listener,
+        memory: GuestMemory,
+        receiver_ending: Ending,
+        resumes: int | None = None,
+    ) -> None:
         self.loop = asyncio.get_running_loop()
+        self.ending = Ending(receiver_ending)
         self._wire = wire
         self._listener = listener
         self._memory = memory
-        self._ending = ending
+        self._resumes = resumes
+        self.ram_id = resumes
+        """the RAM's section number, once it is known"""
         self._return_path: ReturnPath | None = None
         self._return_thread: threading.Thread | None = None
         self._is_one_channel = False
@@ -42,21 +53,29 @@ class Connection:
 
     async def receive(self, receiver: Receiver, record_fd: int = -1) -> None:
         """The whole stream, for `receiver`; raises what ended it too early."""
+        stop = self.ending.stop
         incoming = Incoming(
-            self._memory, self._wire.fd, self._ending.stop, self, receiver, record_fd
+            self._memory, self._wire.fd, stop, self, receiver, record_fd, self._resumes
         )
         try:
             await asyncio.to_thread(incoming.run)
         except ShardedPcError:
-            if self._ending.trouble is not None:
-                raise self._ending.trouble from None
+            if self.ending.trouble is not None:
+                raise self.ending.trouble from None
             raise
         finally:
+            self.ram_id = incoming.ram_id
             await self._end_return_path()
+
+    def hang_up(self) -> None:
+        """The peer sees the end of the wire now, whoever else has it open."""
+        self._wire.hang_up()
 
     def close(self) -> None:
         self._second.cancel()
+        self._listener.close()
         self._wire.close()
+        self.ending.close()
 
     # Channels
 
@@ -67,7 +86,7 @@ class Connection:
         self._end_by_second_channel()
 
     def _end_by_second_channel(self) -> None:
-        self._ending.because(second_channel(self._memory.control.postcopy_state.name))
+        self.ending.because(second_channel(self._memory.control.postcopy_state.name))
 
     def one_channel(self) -> None:
         """Waited for, once: a source that must not get to its switch has no head start."""
@@ -99,9 +118,14 @@ class Connection:
         self._return_thread.start()
 
     def arm(self) -> None:
-        """Pages may be requested from now on."""
+        """Pages may be requested from now on; those that wait already are."""
         if self._return_path is not None:
             self._return_path.arm(self._memory.received, self._memory.requested)
+
+    def ask_again(self) -> None:
+        """Asks the source for everything that is requested and not received."""
+        if self._return_path is not None:
+            self._return_path.again()
 
     def post(self, message: bytes) -> None:
         assert self._return_path is not None
@@ -112,13 +136,9 @@ class Connection:
                 "the source does not read its return path: too many answers to it wait"
             ) from None
 
-    def request_pages(self, block: int, page: int, count: int) -> None:
-        """Asks the source for pages that nobody faulted on; may wait for room."""
-        assert self._memory.geometry is not None
-        name = self._memory.geometry.blocks[block].name
-        if self._return_path is not None:
-            for message in return_path.req_span(page * PAGE_BYTES, count * PAGE_BYTES, name):
-                self._return_path.post(message)
+    def send_bitmap(self, block: int) -> None:
+        assert self._return_path is not None
+        self._return_path.bitmap(self._memory.received, block)
 
     def _send_back(self) -> None:
         assert self._return_path is not None

@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharded_pc import host
-from sharded_pc.address import Address
+from sharded_pc.address import Address, parse
 from sharded_pc.attach.server import AttachServer
 from sharded_pc.connection import Connection
 from sharded_pc.ending import Ending
-from sharded_pc.errors import Cancelled, HostError, ShardedPcError, UsageError
+from sharded_pc.errors import Cancelled, ConnectionLost, HostError, ShardedPcError, UsageError
 from sharded_pc.huge_pages import HugePages
 from sharded_pc.memory import GuestMemory
 from sharded_pc.migration import Migration
 from sharded_pc.native.guests import Guests
-from sharded_pc.observe.qmp import QmpServer
-from sharded_pc.observe.status import is_over, migration_info
+from sharded_pc.observe.qmp import Command, QmpServer
+from sharded_pc.observe.status import is_over, is_paused, migration_info
 from sharded_pc.populate import Populator
 from sharded_pc.settings import Settings, folder_prefix
 from sharded_pc.shards import Shards
@@ -41,6 +41,10 @@ __all__ = ["Coordinator", "Settings"]
 
 LAST_WORD_SECONDS = 2.0
 """How long control clients that are connected when the migration ends may ask how it ended."""
+
+
+MISSING_LISTED = 1000
+"""Stretches of missing pages that query-migrate lists: a lost guest may have a million."""
 
 
 class Coordinator:
@@ -104,6 +108,8 @@ class Coordinator:
             settings, self.memory, self.shards, populator, self._huge_pages, self._ending,
             self._tell_status,
         )  # fmt: skip
+        for process in self.shards.processes:
+            process.on_trouble = self.migration.trouble
         await self._open_sockets()
         if settings.qemu:
             self._make_destination()
@@ -121,11 +127,20 @@ class Coordinator:
             if self.settings.attach is not None:
                 self._serve_guests(self.settings.attach)
             if self.settings.control is not None:
-                self._qmp = QmpServer(self.settings.control, self.info, self.quit)
+                self._qmp = QmpServer(self.settings.control, self._commands())
                 self._exit.push_async_callback(self._qmp.close)
                 await self._qmp.start()
         except OSError as error:
             raise HostError(f"make a socket: {error.strerror or error}") from error
+
+    def _commands(self) -> list[Command]:
+        recover, pause = self.migration.recover, self.migration.pause
+        return [
+            Command("query-migrate", self.info),
+            Command("quit", self.quit),
+            Command("migrate-recover", lambda uri: recover(parse(uri)), {"uri": str}),
+            Command("migrate-pause", pause),
+        ]
 
     def _serve_guests(self, path: str) -> None:
         shards, patience = self.shards, self.settings.attach_step_seconds
@@ -143,7 +158,7 @@ class Coordinator:
         folder = Path(tempfile.mkdtemp(prefix=folder_prefix(settings.name)))
         self._exit.callback(shutil.rmtree, folder, ignore_errors=True)
         destination = QemuDestination(
-            settings.qemu, self.memory, folder, settings.attach, self.migration.request_pages,
+            settings.qemu, self.memory, folder, settings.attach, self.migration.ask_again,
             attach.guest_of, settings.qemu_stdout,
         )  # fmt: skip
         self._exit.push_async_callback(destination.end)
@@ -183,9 +198,7 @@ class Coordinator:
     async def _connected(self) -> Connection:
         self._announce()
         wire = await self._ending.unless_over(self._listener.accept())
-        connection = Connection(wire, self._listener, self.memory, self._ending)
-        self._exit.callback(connection.close)
-        return connection
+        return Connection(wire, self._listener, self.memory, self._ending)
 
     def _announce(self) -> None:
         self._on_listening(self._listener.address)
@@ -230,10 +243,14 @@ class Coordinator:
     def info(self) -> dict:
         """As `query-migrate`."""
         received = self.memory.received_pages() if self.memory.geometry else []
-        error = str(self.error) if self.error else None
+        why = self.error or self.migration.paused_by
+        error = str(why) if why else None
         over = is_over(self.memory.control.status)
         huge = self._huge_pages.mapped(self.migration.guest_pids) if over else None
-        return migration_info(self.memory.name, self.memory.control, received, error, huge)
+        missing = None
+        if is_paused(self.memory.control.status) or isinstance(self.error, ConnectionLost):
+            missing = self.memory.missing_stretches(MISSING_LISTED)
+        return migration_info(self.memory.name, self.memory.control, received, error, huge, missing)
 
     def _tell_status(self, status: MigrationStatus) -> None:
         if self._qmp is not None:

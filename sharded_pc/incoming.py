@@ -9,7 +9,6 @@ QEMU's words for the same: migration/savevm.c loadvm_postcopy_handle_*.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
@@ -17,14 +16,14 @@ from typing import Protocol
 from sharded_pc.errors import (
     ConnectionLost,
     RemoteProtocolError,
-    ShardedPcError,
     StreamEnded,
 )
 from sharded_pc.geometry import PAGE_BYTES, RamBlock
+from sharded_pc.loading import Loading
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.alias import Alias
 from sharded_pc.native.guests import Guests
-from sharded_pc.native.ram import Ram, Records, Stop, Stopped, Stream, WireClosed
+from sharded_pc.native.ram import Ram, Records, Stop, Stream, WireClosed
 from sharded_pc.state import Message, MigrationStatus, PostcopyState, advance, listening
 from sharded_pc.wire import events, return_path
 from sharded_pc.wire import ram as ram_text
@@ -43,21 +42,26 @@ class Channels(Protocol):
     def post(self, message: bytes) -> None:
         """Sends a return-path message."""
 
+    def send_bitmap(self, block: int) -> None:
+        """Sends a block's received bitmap."""
+
 
 class Receiver(Protocol):
     """What the migration does for the stream; every call blocks until it is done."""
 
     guests: Guests
     """whose requested pages are served at once; there after define()"""
+    aliases: Sequence[Alias]
+    """of each block, for payload to land in, none with `copy`; there after define()"""
 
-    def define(self, blocks: tuple[RamBlock, ...]) -> Sequence[Alias]:
-        """The block list is known: memory is checked and made, workers map it.  The answer is an
-        alias of each block for payload to land in, () with `copy`."""
+    def define(self, blocks: tuple[RamBlock, ...]) -> None:
+        """The block list is known: memory is checked and made, workers map it."""
 
     def prepare_discard(self) -> None: ...
 
     def listen(self) -> None:
-        """All discards are done: arm faults, send requests."""
+        """All discards are done, or the migration goes on after a pause: arm faults, send
+        requests."""
 
     def configured(self, machine: str) -> None:
         """The source's machine type."""
@@ -73,7 +77,11 @@ class Receiver(Protocol):
 
 
 class Incoming:
-    """Drives one stream to its end.  `devices` holds the opaque device state afterwards."""
+    """Drives one stream to its end.  `devices` holds the opaque device state afterwards.
+
+    `resumes`: this is a recovery's stream, in which RAM has this section number; the blocks are
+    known and guests run.
+    """
 
     def __init__(
         self,
@@ -83,20 +91,21 @@ class Incoming:
         channels: Channels,
         receiver: Receiver,
         record_fd: int = -1,
+        resumes: int | None = None,
     ) -> None:
         self._memory = memory
         self._control = memory.control
         self._channels = channels
         self._receiver = receiver
         self._stop = stop
-        self._stream = Stream(fd, stop, record_fd)
+        self._stream = Stream(fd, stop, record_fd, earlier=self._control.totals.transferred)
+        self._reader = StreamReader(self._records)
+        self._resumes = resumes
         self._ram: Ram | None = None
         self._has_return_path = False
         self.devices = b""
-        self._loading: Future | None = None
-        self._deferred: list | None = None
-        self._loaded = threading.Event()
-        self._load_error: ShardedPcError | None = None
+        self._loading: Loading | None = None
+        self._defers = False
         self._handlers: dict[type, tuple[Message | None, Callable]] = {
             events.Configuration: (None, self._configuration),
             events.RamBlocks: (None, self._blocks),
@@ -111,6 +120,8 @@ class Incoming:
             events.PostcopyListen: (Message.POSTCOPY_LISTEN, self._listen),
             events.PackagedDevices: (Message.PACKAGED_DEVICES, self._load_packaged),
             events.PostcopyRun: (Message.POSTCOPY_RUN, self._run),
+            events.RecvBitmap: (Message.RECV_BITMAP, self._recv_bitmap),
+            events.PostcopyResume: (Message.POSTCOPY_RESUME, self._resume),
             events.Devices: (Message.DEVICES, self._load_precopied),
             events.Eof: (Message.EOF, self._eof),
             events.VmDescription: (Message.VMDESCRIPTION, _nothing),
@@ -120,11 +131,16 @@ class Incoming:
     def state(self) -> PostcopyState:
         return self._control.postcopy_state
 
+    @property
+    def ram_id(self) -> int | None:
+        """The number of the RAM's section, once it is known."""
+        return self._reader.ram_id
+
     def run(self) -> None:
         """Until the migration has completed; RemoteProtocolError, ConnectionLost, HostError,
         ShardError, Stopped."""
         try:
-            self._drive(StreamReader(self._records).events())
+            self._drive(self._events())
         except WireClosed:
             raise self._wire_closed() from None
         except RemoteProtocolError as error:
@@ -136,6 +152,15 @@ class Incoming:
                 self._ram.release()
                 self._ram = None
             self._control.note_transferred(self._stream.offset)
+
+    def _events(self) -> Parser:
+        if self._resumes is None:
+            return self._reader.events()
+        self._has_return_path = True
+        self._channels.open_return_path()
+        self._use_ram()
+        self._ram.enter_postcopy()
+        return self._reader.resumed_events(self._resumes)
 
     def _wire_closed(self) -> Exception:
         where, broken_by = self._stream.offset, self._stream.broken_by
@@ -193,49 +218,24 @@ class Incoming:
             raise
 
     def _handle(self, event: object) -> None:
-        if self._deferred is not None:
-            self._defer(event)
+        if self._defers and self._loading is not None:
+            # The rest of the package says that device state was loaded: true only once it is.
+            self._loading.defer(event)
+            if isinstance(event, events.PostcopyRun):
+                self._defers = False
+                self._loading.follow()
             return
-        if isinstance(event, events.Eof):
-            self._await_load()
+        if isinstance(event, events.Eof) and self._loading is not None:
+            self._loading.wait()
+        self._obey(event)
+
+    def _obey(self, event: object) -> None:
         message, handler = self._handlers[type(event)]
         state = self.state
         after = advance(state, message) if message is not None else state
         handler(event)
         if after != state and self.state == state:
             self._control.exchange_postcopy_state(after)
-
-    # Device state that a destination loads while the stream goes on
-
-    def _defer(self, event: object) -> None:
-        """The rest of the package says that device state was loaded: true only once it is."""
-        assert self._deferred is not None and self._loading is not None
-        self._deferred.append(event)
-        if isinstance(event, events.PostcopyRun):
-            rest, self._deferred = self._deferred, None
-            self._loading.add_done_callback(lambda future: self._after_load(future, rest))
-
-    def _after_load(self, future: Future, rest: list) -> None:
-        """On the thread that loaded: now answer PINGs and run."""
-        try:
-            if not future.cancelled() and future.exception() is None:
-                for event in rest:
-                    self._handle(event)
-        except ShardedPcError as error:
-            self._load_error = error
-        finally:
-            self._loaded.set()
-
-    def _await_load(self) -> None:
-        """Raises what the loading raised; Stopped."""
-        if self._loading is None:
-            return
-        while not self._loaded.wait(0.1):
-            if self._stop.is_set:
-                raise Stopped("stopped")
-        if self._load_error is not None:
-            raise self._load_error
-        self._loading.result()
 
     # RAM records, in C
 
@@ -259,8 +259,13 @@ class Incoming:
         self._receiver.configured(event.machine)
 
     def _blocks(self, event: events.RamBlocks) -> None:
-        aliases = self._receiver.define(event.blocks)
-        memory = self._memory
+        self._receiver.define(event.blocks)
+        self._use_ram()
+        self._control.note_setup()
+        self._status(MigrationStatus.ACTIVE)
+
+    def _use_ram(self) -> None:
+        memory, aliases = self._memory, self._receiver.aliases
         self._ram = Ram(
             self._stream,
             self._control,
@@ -274,8 +279,6 @@ class Incoming:
         if aliases:
             self._ram.go_straight(memory.written, aliases)
         self._ram.serve(self._receiver.guests)
-        self._control.note_setup()
-        self._status(MigrationStatus.ACTIVE)
 
     def _ram_section(self, event: events.RamSection) -> None:
         kinds = {"setup": Message.RAM_SETUP, "part": Message.RAM_PRECOPY, "end": Message.RAM_END}
@@ -346,9 +349,13 @@ class Incoming:
 
     def _load_packaged(self, event: events.PackagedDevices) -> None:
         self.devices = event.data
-        self._loading = self._receiver.load_devices(event.data)
-        if self._loading is not None:
-            self._deferred = []
+        self._load(event.data)
+        self._defers = self._loading is not None
+
+    def _load(self, devices: bytes) -> None:
+        future = self._receiver.load_devices(devices)
+        if future is not None:
+            self._loading = Loading(future, self._obey, self._stop)
 
     def _load_precopied(self, event: events.Devices) -> None:
         """All RAM is here: whoever maps it runs on plain memory from now on."""
@@ -357,12 +364,29 @@ class Incoming:
         self._ram.drain()
         self._ram.clear_unsent()
         self._receiver.placed()
-        self._loading = self._receiver.load_devices(event.data)
+        self._load(event.data)
         if self._loading is not None:
-            self._loading.add_done_callback(lambda future: self._after_load(future, []))
+            self._loading.follow()
 
     def _run(self, event: events.PostcopyRun) -> None:
         self._control.note_running()
+
+    # A recovery
+
+    def _recv_bitmap(self, event: events.RecvBitmap) -> None:
+        try:
+            index = self._memory.geometry.index(event.block)
+        except KeyError:
+            raise RemoteProtocolError(f"RECV_BITMAP of unknown block {event.block!r}") from None
+        self._ram.drain()  # what is in the rings is here
+        self._channels.send_bitmap(index)
+
+    def _resume(self, event: events.PostcopyResume) -> None:
+        self._channels.post(return_path.resume_ack())
+        self._receiver.listen()
+        self._status(MigrationStatus.POSTCOPY_ACTIVE)
+
+    # The end
 
     def _eof(self, event: events.Eof) -> None:
         if self._ram is None:

@@ -7,6 +7,7 @@ source has sent its block list: `define` makes blocks and bitmaps then, `load` f
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import os
 from collections.abc import Iterator
@@ -153,6 +154,17 @@ class GuestMemory:
     def missing(self, index: int) -> Iterator[tuple[int, int]]:
         """(first page, pages) of each stretch of a block that is not received."""
         yield from self._stretches(self.received, index, of=False)
+
+    def missing_stretches(self, most: int) -> dict[str, list[tuple[int, int]]]:
+        """(first page, pages) of the first `most` stretches that are not received, for each block
+        that has some."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for index in range(len(self.blocks)):
+            stretches = list(itertools.islice(self.missing(index), most))
+            most -= len(stretches)
+            if stretches:
+                found[self.geometry.blocks[index].name] = stretches
+        return found
 
     def unpunched(self, index: int) -> Iterator[tuple[int, int]]:
         """(first page, pages) of what a discard's punch left in place: whoever maps it would see it

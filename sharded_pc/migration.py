@@ -13,21 +13,31 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from sharded_pc import host
+from sharded_pc.address import Address
 from sharded_pc.attach.server import AttachServer
 from sharded_pc.awaited import AwaitedPages
 from sharded_pc.connection import Connection
 from sharded_pc.ending import Ending
-from sharded_pc.errors import HostError, ShardedPcError
-from sharded_pc.geometry import Geometry, Placement, RamBlock
+from sharded_pc.errors import (
+    Cancelled,
+    ConnectionLost,
+    HostError,
+    RemoteProtocolError,
+    ShardedPcError,
+    ShardError,
+    UsageError,
+)
+from sharded_pc.geometry import PAGE_BYTES, Geometry, Placement, RamBlock
 from sharded_pc.huge_pages import HugePages
 from sharded_pc.loop_calls import from_stream
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.alias import Alias
 from sharded_pc.native.guests import Guests
 from sharded_pc.populate import Populator
+from sharded_pc.recovery import Recovery
 from sharded_pc.settings import Settings
 from sharded_pc.shards import Shards
-from sharded_pc.state import MigrationStatus
+from sharded_pc.state import MigrationStatus, PostcopyState
 
 if TYPE_CHECKING:
     from sharded_pc.destination import QemuDestination
@@ -36,6 +46,8 @@ log = logging.getLogger(__name__)
 
 LOAD_ENDS_SECONDS = 2.0
 """From a destination's exit to the end of loading its devices."""
+PAUSES = (ConnectionLost, RemoteProtocolError, HostError, ShardError)
+"""What ends a connection, and not a migration whose guest runs (as QEMU since 7.0: any error)."""
 
 
 class Migration:
@@ -61,7 +73,9 @@ class Migration:
         self._on_status = on_status
         self.attach: AttachServer | None = None
         self.destination: QemuDestination | None = None
+        self._recovery = Recovery(settings.recover_uri, ending, self._set_status)
         self._connection: Connection | None = None
+        self.paused_by: ShardedPcError | None = None
         self._machine = ""
         self._watching: asyncio.Task | None = None
         self._loading: asyncio.Task | None = None
@@ -71,13 +85,92 @@ class Migration:
     def guests(self) -> Guests:
         return self._shards.guests
 
+    @property
+    def aliases(self) -> Sequence[Alias]:
+        return self._populator.aliases
+
     async def receive(self, connection: Connection, record_fd: int) -> None:
-        """Everything that comes over the connection; then guests run on plain memory."""
-        self._connection = connection
+        """Everything that comes over the connection, and over others if it is lost while the guest
+        runs; then guests run on plain memory."""
         self._memory.control.note_started()
-        await connection.receive(self, record_fd)
+        await self._over(connection, record_fd)
         await self._release_guests()
         await self._huge_pages.settle(self.guest_pids)
+
+    async def _over(self, connection: Connection, record_fd: int) -> None:
+        while True:
+            self._connection = connection
+            try:
+                await connection.receive(self, record_fd)
+                return
+            except PAUSES as error:
+                if self._ending.is_over or not self._can_pause():
+                    raise
+                self._pause(error)
+            finally:
+                self._connection = None
+                ram_id, record_fd = connection.ram_id, -1  # a recording is one stream
+                self._leave(connection)
+            connection = await self._recovered(ram_id)
+
+    # Pause and recovery
+
+    def _can_pause(self) -> bool:
+        """The guest runs here: the source cannot go on with it, and has what is missing."""
+        return self._memory.control.postcopy_state is PostcopyState.RUNNING
+
+    def _pause(self, error: ShardedPcError) -> None:
+        self.paused_by = error
+        self._memory.control.note_back_lost()
+        missing = self._memory.geometry.total // PAGE_BYTES - sum(self._memory.received_pages())
+        log.error(
+            "paused: %s; the guest goes on and waits for pages that are missing (%d): tell the "
+            "control socket where the source may come again (migrate-recover), and the source to "
+            "resume", error, missing,
+        )  # fmt: skip
+
+    def _leave(self, connection: Connection) -> None:
+        """Workers keep the wire open until they get the next one."""
+        if self.paused_by is not None:
+            connection.hang_up()
+        connection.close()
+
+    async def _recovered(self, ram_id: int | None) -> Connection:
+        assert ram_id is not None
+        try:
+            wire, listener = await self._recovery.accept()
+        except Cancelled as error:
+            raise ConnectionLost(f"{error} while paused: {self.paused_by}") from None
+        return Connection(wire, listener, self._memory, self._ending, ram_id)
+
+    def recover(self, uri: Address) -> None:
+        """`migrate-recover`; UsageError, HostError."""
+        self._recovery.recover(uri)
+
+    def pause(self) -> None:
+        """`migrate-pause`; UsageError."""
+        active = (MigrationStatus.POSTCOPY_ACTIVE, MigrationStatus.POSTCOPY_RECOVER)
+        if self._memory.control.status not in active:
+            raise UsageError(
+                "migrate-pause is currently only supported during postcopy-active or "
+                "postcopy-recover state"
+            )
+        if self._connection is None or not self._can_pause():
+            raise UsageError("Failed to pause destination migration: its guest does not run yet")
+        self._connection.ending.because(ConnectionLost("paused on request"))
+
+    def trouble(self, error: ShardedPcError) -> None:
+        """Something is broken here that the migration needs: it pauses if its guest runs."""
+        if not self._can_pause():
+            self._ending.because(error)
+        elif self._connection is not None:
+            self._connection.ending.because(error)
+        else:
+            log.error("while paused: %s", error)
+
+    def _set_status(self, status: MigrationStatus) -> None:
+        self._memory.control.status = status
+        self._on_status(status)
 
     @property
     def guest_pids(self) -> frozenset[int]:
@@ -99,7 +192,7 @@ class Migration:
     # The block list
 
     @from_stream
-    async def define(self, blocks: tuple[RamBlock, ...]) -> Sequence[Alias]:
+    async def define(self, blocks: tuple[RamBlock, ...]) -> None:
         geometry = Geometry.of(blocks, self._settings.workers, self._settings.stripe_bytes)
         host.require_memory(geometry.total)
         placement = await self._make_memory(geometry)
@@ -113,9 +206,9 @@ class Migration:
         if self.destination is not None:
             # Nothing more is read before it is up: a destination that cannot run ends the migration
             # while the source's guest still can, even if the source is told to switch at once.
-            await self._ending.unless_over(self.destination.start(self._machine))
+            assert self._connection is not None
+            await self._connection.ending.unless_over(self.destination.start(self._machine))
             self._watching = asyncio.create_task(self._watch(self.destination))
-        return self._populator.aliases
 
     async def _make_memory(self, geometry: Geometry) -> Placement:
         reserve = self._settings.reserve
@@ -134,6 +227,7 @@ class Migration:
 
     @from_stream
     async def listen(self) -> None:
+        """Also when a paused migration goes on."""
         assert self._connection is not None
         fd = self._connection.requests_fd
         if fd >= 0:
@@ -141,19 +235,12 @@ class Migration:
         else:
             await self._shards.tell("listen")
         self._connection.arm()
-        self._readying = asyncio.create_task(self._make_ready())
+        self.paused_by = None
+        if self._readying is None:
+            self._readying = asyncio.create_task(self._make_ready())
 
     async def _make_ready(self) -> None:
         """Guests may run once nothing stands in memory that is not received."""
-        try:
-            await self._overwrite_unpunched()
-        except ShardedPcError as error:  # the source does not hear us
-            self._ending.because(error)
-            raise
-        if self.attach is not None:
-            self.attach.ready()
-
-    async def _overwrite_unpunched(self) -> None:
         if any(shard.unpunched for shard in self._memory.control.shards()):
             blocks = range(len(self._memory.blocks))
             spans = [(b, page, n) for b in blocks for page, n in self._memory.unpunched(b)]
@@ -162,12 +249,15 @@ class Migration:
                 "%d pages could not be dropped (huge pages of /dev/shm that somebody uses); guests "
                 "wait until they have come again", len(awaited),
             )  # fmt: skip
-            await awaited.arrive(self.request_pages)
+            await awaited.arrive(self.ask_again)
+        if self.attach is not None:
+            self.attach.ready()
 
-    def request_pages(self, block: int, page: int, count: int) -> None:
-        """Asks the source for pages that nobody faulted on; may wait for room."""
+    def ask_again(self) -> None:
+        """Asks the source for all pages that are requested and not received; while there is no
+        source, that is done when there is one."""
         if self._connection is not None:
-            self._connection.request_pages(block, page, count)
+            self._connection.ask_again()
 
     # The destination
 

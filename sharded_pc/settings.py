@@ -33,6 +33,8 @@ class Settings:
     """None: what this host does best"""
     attach: str | None = None
     control: str | None = None
+    recover_uri: Address | None = None
+    """where the source of a paused migration may come again, unasked"""
     record: str | None = None
     keep: bool = False
     reserve: bool = False

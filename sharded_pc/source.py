@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from array import array
+from collections.abc import Callable
 
 from sharded_pc.errors import ConnectionLost, RemoteProtocolError
 from sharded_pc.geometry import PAGE_BYTES
@@ -33,6 +34,8 @@ class ReturnPathReader:
         self.requests: collections.deque[return_path.ReqPages] = collections.deque()
         self.shut: int | None = None
         self.pongs: list[int] = []
+        self.bitmaps: dict[str, bytes] = {}
+        self.resumed: int | None = None
         self.error: Exception | None = None
         self._news = threading.Condition()
         self.over = False
@@ -60,6 +63,10 @@ class ReturnPathReader:
                     self.pongs.append(value)
                 case return_path.Shut(value):
                     self.shut = value
+                case return_path.RecvBitmap(block, words):
+                    self.bitmaps[block] = words
+                case return_path.ResumeAck(value):
+                    self.resumed = value
             self._news.notify_all()
 
     def wait_request(self, seconds: float) -> bool:
@@ -69,11 +76,23 @@ class ReturnPathReader:
 
     def wait_shut(self) -> int:
         """The SHUT's value; ConnectionLost if none comes."""
-        with self._news:
-            self._news.wait_for(lambda: self.shut is not None or self.over, ANSWER_SECONDS)
-        if self.shut is None:
-            raise ConnectionLost("the destination closed without SHUT")
+        self._wait(lambda: self.shut is not None, "closed without SHUT")
         return self.shut
+
+    def wait_bitmap(self, block: str) -> bytes:
+        """The received bits of a block (return_path.RecvBitmap); ConnectionLost if none come."""
+        self._wait(lambda: block in self.bitmaps, f"told no received bitmap of {block!r}")
+        return self.bitmaps[block]
+
+    def wait_resumed(self) -> None:
+        """Returns when the destination is ready for pages again; ConnectionLost."""
+        self._wait(lambda: self.resumed == return_path.RESUMED, "did not acknowledge the resume")
+
+    def _wait(self, came: Callable[[], bool], otherwise: str) -> None:
+        with self._news:
+            self._news.wait_for(lambda: came() or self.over, ANSWER_SECONDS)
+        if not came():
+            raise ConnectionLost(f"the destination {otherwise}") from self.error
 
 
 class SyntheticSource:
@@ -146,6 +165,20 @@ class SyntheticSource:
                 sender.range(first, count)
             sender.finish()
         self._send(writer.ping(2) + writer.packaged(b"synthetic devices") + writer.ping(4))
+
+    def resume(self, sock: socket.socket) -> None:
+        """Goes on with a paused migration over another socket: asks what is here, and is ready for
+        postcopy() then.  The old socket stays the caller's.  ConnectionLost."""
+        self._sock, self.back, self._named = sock, ReturnPathReader(sock), None
+        for block in self._oracle.blocks:
+            self._send(writer.recv_bitmap(block.name))
+        for index, block in enumerate(self._oracle.blocks):
+            words = self.back.wait_bitmap(block.name)
+            self._missing[index] = bytearray(
+                not words[page // 8] >> page % 8 & 1 for page in range(block.pages)
+            )
+        self._send(writer.postcopy_resume())
+        self.back.wait_resumed()
 
     def postcopy(self) -> None:
         """Requests first, then the background scan, until nothing is missing."""

@@ -40,6 +40,7 @@ class MigrationStatus(enum.Enum):
     ACTIVE = "active"
     POSTCOPY_ACTIVE = "postcopy-active"
     POSTCOPY_PAUSED = "postcopy-paused"
+    POSTCOPY_RECOVER_SETUP = "postcopy-recover-setup"
     POSTCOPY_RECOVER = "postcopy-recover"
     COMPLETED = "completed"
     FAILED = "failed"
@@ -70,6 +71,8 @@ class Message(enum.Enum):
     POSTCOPY_LISTEN = "POSTCOPY_LISTEN"
     PACKAGED_DEVICES = "device state inside a package"
     POSTCOPY_RUN = "POSTCOPY_RUN"
+    RECV_BITMAP = "RECV_BITMAP"
+    POSTCOPY_RESUME = "POSTCOPY_RESUME"
     EOF = "EOF"
 
 
@@ -95,6 +98,7 @@ TRANSITIONS: dict[tuple[PostcopyState, Message], PostcopyState] = {
     (_S.DISCARD, _M.POSTCOPY_LISTEN): _S.LISTENING,
     (_S.LISTENING, _M.PACKAGED_DEVICES): _S.LISTENING,
     (_S.LISTENING, _M.POSTCOPY_RUN): _S.RUNNING,
+    **_stay((_S.RUNNING,), _M.RECV_BITMAP, _M.POSTCOPY_RESUME),
     (_S.RUNNING, _M.EOF): _S.END,
 }
 """(state, message) -> next state.  What is not here is an error."""

@@ -104,13 +104,22 @@ class ShardWorker:
 
     def listen(self, back_fd: int = -1) -> None:
         """All discards are done: faults are answered from now on, missing pages requested on the
-        wire `back_fd`, which becomes ours (-1: through the ring)."""
+        wire `back_fd`, which becomes ours (-1: through the ring).  Once more when a paused
+        migration goes on, by another wire."""
         self._listening = True
-        self._back_fd = back_fd
-        self.shard.listen(back_fd)
+        self._use_wire(back_fd)
+        self.shard.listen(self._back_fd)
         for slot in list(self._guests):
             self._start_faults(slot)
         self.shard.wake_all()
+
+    def _use_wire(self, fd: int) -> None:
+        """Fault loops may be writing: the number that they know becomes the other wire's."""
+        if self._back_fd < 0:
+            self._back_fd = fd
+        elif fd >= 0:
+            os.dup2(fd, self._back_fd, inheritable=False)
+            os.close(fd)
 
     def add_guest(self, slot: int, addresses: Sequence[int], mode: int, uffd: int) -> None:
         """A guest attached; `uffd` becomes ours.  AttachError."""

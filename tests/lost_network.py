@@ -89,7 +89,9 @@ class Migration:
         set_loopback(up=False)
         if self._phase == "postcopy, asking":
             missing = missing_pages(source.oracle, 0)
-            self._coordinator.migration.request_pages(0, missing[0], 1)
+            memory = self._coordinator.memory
+            memory.requested.set(memory.control.block(0)[2] + missing[0], 1)
+            self._coordinator.migration.ask_again()
         with contextlib.suppress(OSError):
             source._sock.recv(PAGE_BYTES)  # holds the connection, as a host that froze does
 

@@ -240,6 +240,7 @@ class LoneReceiver:
         self.guests = Guests(self.memory.control)
         self._placement = placement
         self._populator = Populator(self.memory)
+        self.aliases: Sequence[Alias] = ()
         self._workers: list[ShardWorker] = []
         self._return_path: ReturnPath | None = None
         self._back: threading.Thread | None = None
@@ -294,7 +295,7 @@ class LoneReceiver:
         self.memory.close()
         self._stop.close()
 
-    def define(self, blocks: tuple[RamBlock, ...]) -> Sequence[Alias]:
+    def define(self, blocks: tuple[RamBlock, ...]) -> None:
         shards = self.memory.control.view.n_shards
         geometry = Geometry.of(blocks, shards, STRIPE_BYTES)
         host.require_memory(geometry.total)
@@ -307,7 +308,7 @@ class LoneReceiver:
             worker.on_broken = self.broken.append
             worker.geometry()
             worker.start_placing()
-        return self._populator.aliases
+        self.aliases = self._populator.aliases
 
     def one_channel(self) -> None:
         pass
@@ -320,6 +321,9 @@ class LoneReceiver:
 
     def post(self, message: bytes) -> None:
         self._return_path.post(message)
+
+    def send_bitmap(self, block: int) -> None:
+        self._return_path.bitmap(self.memory.received, block)
 
     def prepare_discard(self) -> None:
         for worker in self._workers:

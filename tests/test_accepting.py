@@ -109,7 +109,7 @@ def test_the_control_socket_hears_again(tmp_path, caplog):
     """And says so in a line, without a traceback."""
 
     async def shortage(path: str, ask: Callable[[], dict]) -> dict:
-        server = QmpServer(path, dict, lambda: None)
+        server = QmpServer(path, ())
         await server.start()
         with socket.socket(socket.AF_UNIX) as early:
             with no_descriptors():

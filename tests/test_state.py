@@ -53,6 +53,8 @@ class Qemu:
                 return s if self._still_precopy() or s in (3, 4) else None
             case Message.SWITCHOVER_START:
                 return s if s < 3 else None
+            case Message.RECV_BITMAP | Message.POSTCOPY_RESUME:
+                return s if s == 4 else None  # a pause keeps it
             case Message.PING:
                 return s if s < 5 else None
             case _:  # set-up, and the ways in which precopy ends

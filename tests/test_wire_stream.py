@@ -13,7 +13,9 @@ from sharded_pc.errors import RemoteProtocolError, StreamEnded
 from sharded_pc.wire import events as e
 from sharded_pc.wire import return_path as rp
 from sharded_pc.wire import writer
+from sharded_pc.wire.constants import Cmd
 from sharded_pc.wire.feed import Feed, read_stream
+from sharded_pc.wire.reader import StreamReader
 from tests import stream_cases as cases
 from tests.bad_stream_cases import BAD, Bad
 from tests.stream_cases import Good
@@ -201,6 +203,14 @@ def test_return_path_bytes() -> None:
         (struct.pack(">HHQI", 3, 12, 0, 4096), "REQ_PAGES_ID of 12 bytes"),
         (struct.pack(">HHQIBB", 3, 14, 0, 4096, 2, 97),
          "REQ_PAGES_ID of 14 bytes with a name of 2"),
+        (struct.pack(">HHB", 5, 1, 0), "RECV_BITMAP of 1 bytes"),
+        (struct.pack(">HHBB", 5, 2, 2, 97), "RECV_BITMAP of 2 bytes with a name of 2"),
+        (rp.message(rp.Rp.RECV_BITMAP, b"\1a") + struct.pack(">Q", 12),
+         "received bitmap of 12 bytes"),
+        (rp.message(rp.Rp.RECV_BITMAP, b"\1a") + struct.pack(">Q", 1 << 60),
+         f"received bitmap of {1 << 60} bytes"),
+        (rp.recv_bitmap("a", bytes(8))[:-8] + bytes(8),
+         "received bitmap ends with 0x0000000000000000"),
     ],
 )  # fmt: skip
 def test_bad_return_path(raw: bytes, error: str) -> None:
@@ -209,11 +219,67 @@ def test_bad_return_path(raw: bytes, error: str) -> None:
     assert caught.value.what == error
 
 
-def test_a_span_is_asked_for_in_pieces_that_fit_a_signed_int():
-    start, length = 3 << 30, (5 << 30) + 0x3000
-    feed = Feed(rp.messages())
-    got = feed.feed(b"".join(rp.req_span(start, length, "vga")))
-    assert got[0].start == start
-    assert all(0 < each.length < 1 << 31 and each.block == "vga" for each in got)
-    ends = [each.start + each.length for each in got]
-    assert [each.start for each in got] == [start, *ends[:-1]] and ends[-1] == start + length
+# --- recovery ---
+
+BITMAP = struct.pack("<QQ", 0x8000_0000_0000_0005, 1)
+"""Pages 0, 2, 63 and 64."""
+
+
+def test_a_received_bitmap_as_qemu_writes_it() -> None:
+    """Message, be64 size, little-endian words, be64 end mark (facts-qemu.md 2.2)."""
+    want = (
+        bytes.fromhex("0005 0003 02")
+        + b"ab"
+        + bytes.fromhex("0000000000000010 0500000000000080 0100000000000000 0123456789abcdef")
+    )
+    assert rp.recv_bitmap("ab", BITMAP) == want
+    assert rp.resume_ack() == bytes.fromhex("0006 0004 00000001")
+
+
+def test_the_source_reads_bitmaps_in_any_pieces() -> None:
+    raw = rp.pong(1) + rp.recv_bitmap("ab", BITMAP) + rp.resume_ack()
+    for pieces in cuts(raw):
+        feed = Feed(rp.messages())
+        got = [message for piece in pieces for message in feed.feed(piece)]
+        assert got == [rp.Pong(1), rp.RecvBitmap("ab", BITMAP), rp.ResumeAck(1)]
+
+
+def resumed(raw: bytes, ram_id: int = writer.RAM_SECTION) -> list:
+    """The events of a recovery's stream whose RAM sections are empty."""
+
+    def records():
+        assert (yield 8) == writer.eos()
+
+    return Feed(StreamReader(records).resumed_events(ram_id)).feed(raw)
+
+
+def test_a_recovery_begins_without_a_header() -> None:
+    raw = writer.recv_bitmap("pc.ram") + writer.recv_bitmap("vga") + writer.postcopy_resume()
+    assert raw.startswith(bytes.fromhex("08 000a 0007 06") + b"pc.ram")
+    raw += writer.ram_section(b"") + writer.ram_section(b"", last=True) + writer.eof()
+    assert resumed(raw) == [
+        e.RecvBitmap("pc.ram"), e.RecvBitmap("vga"), e.PostcopyResume(),
+        e.RamSection("part"), e.RamSectionEnd("part"),
+        e.RamSection("end"), e.RamSectionEnd("end"), e.Eof(),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("raw", "error", "offset"),
+    [
+        (writer.header(), "section type 0x51 where a recovery begins", 0),
+        (writer.ping(1), "Ping where a recovery begins", 0),
+        (writer.recv_bitmap("a") + writer.ram_section(b""),
+         "section type 0x02 where a recovery begins", 7),
+        (writer.command(Cmd.POSTCOPY_RUN), "PostcopyRun where a recovery begins", 0),
+        (writer.postcopy_resume() + writer.recv_bitmap("a"), "RECV_BITMAP: the source asks", 5),
+        (writer.command(Cmd.RECV_BITMAP, b""), "RECV_BITMAP of 0 bytes does not hold", None),
+        (writer.command(Cmd.RECV_BITMAP, b"\2a"), "RECV_BITMAP of 2 bytes does not hold", None),
+        (writer.command(Cmd.RECV_BITMAP, b"\1ab"), "RECV_BITMAP of 3 bytes does not hold", None),
+    ],
+)  # fmt: skip
+def test_bad_recoveries(raw: bytes, error: str, offset: int | None) -> None:
+    with pytest.raises(RemoteProtocolError) as caught:
+        resumed(raw)
+    assert caught.value.what.startswith(error)
+    assert offset is None or caught.value.offset == offset

@@ -11,7 +11,14 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from sharded_pc.address import ExecAddress, FdAddress, FileAddress
+from sharded_pc.address import (
+    Address,
+    ExecAddress,
+    FdAddress,
+    FileAddress,
+    TcpAddress,
+    UnixAddress,
+)
 from sharded_pc.cli import failed
 from sharded_pc.errors import ExitCode, ShardedPcError, UsageError
 
@@ -38,6 +45,11 @@ def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--attach", metavar="PATH", help="socket where guests attach")
     parser.add_argument("--control", metavar="PATH", help="socket that speaks QMP")
+    parser.add_argument(
+        "--recover-uri",
+        metavar="URI",
+        help="where the source of a paused migration may come again, without migrate-recover",
+    )
     parser.add_argument("--record", metavar="FILE", help="write the stream down as it comes")
     parser.add_argument(
         "--keep", action="store_true", help="leave the RAM in shared memory on exit"
@@ -80,11 +92,24 @@ def settings_of(args: argparse.Namespace) -> Settings:
         placement=None if args.placement == "auto" else Placement(args.placement),
         attach=args.attach or runtime_path(name, "attach"),
         control=args.control,
+        recover_uri=recover_uri(args.recover_uri),
         record=args.record,
         keep=args.keep,
         reserve=args.reserve,
         status_fd=args.status_fd,
     )
+
+
+def recover_uri(text: str | None) -> Address | None:
+    """UsageError, also for what a source cannot come to twice."""
+    from sharded_pc import address
+
+    if text is None:
+        return None
+    uri = address.parse(text)
+    if not isinstance(uri, TcpAddress | UnixAddress):
+        raise UsageError(f"--recover-uri {text}: expected tcp:HOST:PORT or unix:PATH")
+    return uri
 
 
 class Receive:

@@ -53,7 +53,7 @@ def check(arguments: Sequence[str]) -> None:
 
 class QemuDestination:
     """One destination.  `arguments` is the user's command line, program first; sockets are made in
-    `folder`.  `request(block, page, count)` asks the source for pages; `attached(pid)` answers
+    `folder`.  `ask()` has the source asked for pages that are requested; `attached(pid)` answers
     which process, that one or a child of it, has handed its userfaultfds over; QEMU's standard
     output goes to the descriptor `stdout`, to ours if None."""
 
@@ -63,7 +63,7 @@ class QemuDestination:
         memory: GuestMemory,
         folder: Path,
         attach_path: str,
-        request: Callable[[int, int, int], None],
+        ask: Callable[[], None],
         attached: Callable[[int], int | None],
         stdout: int | None = None,
     ) -> None:
@@ -71,7 +71,7 @@ class QemuDestination:
         self._memory = memory
         self._folder = folder
         self._attach_path = attach_path
-        self._request = request
+        self._ask = ask
         self._attached = attached
         self._stdout = stdout
         self._plan: qemu_args.Plan | None = None
@@ -174,7 +174,7 @@ class QemuDestination:
             for index, _ in self._private()
             for page, count in self._memory.missing(index)
         ]
-        arriving = AwaitedPages(self._memory, spans).arrive(self._request)
+        arriving = AwaitedPages(self._memory, spans).arrive(self._ask)
         await process.unless_exited(arriving, PAGES_SECONDS, "get its own blocks' pages")
 
     # Afterwards

@@ -66,12 +66,16 @@ class Stop:
 class Stream:
     """A buffered reader of a non-blocking descriptor, which stays the caller's."""
 
-    def __init__(self, fd: int, stop: Stop, record_fd: int = -1, *, timeout_ms: int = -1) -> None:
+    def __init__(
+        self, fd: int, stop: Stop, record_fd: int = -1, *, timeout_ms: int = -1, earlier: int = 0
+    ) -> None:
+        """`earlier`: bytes of connections before this one, which offsets count as well."""
         os.set_blocking(fd, False)
         self._stop = stop
         self.timeout_ms = timeout_ms
         raw = ensure_object(lib.sp_stream_new(fd, stop.fd, record_fd), "allocate a stream")
         self.raw = ffi.gc(raw, lib.sp_stream_free)
+        self.raw.total = earlier
 
     @property
     def offset(self) -> int:

@@ -28,7 +28,7 @@ typedef struct sp_worker {
     sp_shard *shard;
     uint32_t index;
     int back_fd;   /* the wire's way back for requests, -1: by the ring; writer: main thread, before
-                    * the fault loops start */
+                    * the fault loops start or while they ask for nothing (back_lost) */
     uint8_t *pool; /* this shard's tmp pages */
     sp_word *received, *requested;
     sp_word *written; /* `copy`: pages that stand there though they are not received; writer: placement */

@@ -1,18 +1,20 @@
 """The control socket: as much QMP as a migration's receiver needs (docs/interop/qmp-spec.rst).
 
-Greeting, `qmp_capabilities`, `query-migrate`, `query-commands`, `query-version`, `quit`, and
-`MIGRATION` events.
+Greeting, `qmp_capabilities`, `query-migrate`, `query-commands`, `query-version`, and what the
+receiver gives it; `MIGRATION` events.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
+from sharded_pc.errors import ShardedPcError
 from sharded_pc.transport.accepting import Acceptor
 from sharded_pc.transport.incoming import bind_unix
 from sharded_pc.transport.json_stream import JsonSplitter
@@ -22,6 +24,16 @@ VERSION = {"qemu": {"major": 0, "minor": 1, "micro": 0}, "package": "sharded_pc"
 MAX_UNREAD_BYTES = 1 << 20
 FLUSH_SECONDS = 1.0
 """What a client that is done with may still read."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Command:
+    """One that the receiver answers; `parameters` are all mandatory, by name and type.  Its answer
+    is `{}` if `run` gives none; ShardedPcError becomes an error reply."""
+
+    name: str
+    run: Callable[..., object]
+    parameters: Mapping[str, type] = dataclasses.field(default_factory=dict)
 
 
 class QmpError(Exception):
@@ -63,18 +75,17 @@ class _Client:
 
 
 class QmpServer:
-    """`query` gives query-migrate's answer, `quit` ends the receiver."""
+    """Answers `commands`, and some that every QMP server has."""
 
-    def __init__(self, path: str, query: Callable[[], dict], quit_: Callable[[], None]) -> None:
+    def __init__(self, path: str, commands: Iterable[Command]) -> None:
         self.path = path
         self._clients: set[_Client] = set()
         self._tasks: set[asyncio.Task] = set()
-        self._commands: dict[str, Callable[[], object]] = {
-            "query-migrate": query,
-            "query-version": lambda: VERSION,
-            "query-commands": lambda: [{"name": name} for name in self._names()],
-            "quit": lambda: quit_() or {},
-        }
+        own = (
+            Command("query-version", lambda: VERSION),
+            Command("query-commands", lambda: [{"name": name} for name in self._names()]),
+        )
+        self._commands = {command.name: command for command in (*own, *commands)}
         self._sock = bind_unix(path)
         self._accepting: asyncio.Task | None = None
 
@@ -165,4 +176,27 @@ class QmpServer:
             )
         if command not in self._commands:
             raise QmpError(f"The command {command} has not been found", "CommandNotFound")
-        return self._commands[command]()
+        return _run(self._commands[command], message.get("arguments", {}))
+
+
+def _run(command: Command, arguments: object) -> object:
+    """QEMU's words for arguments that do not fit (qapi/qobject-input-visitor.c)."""
+    if not isinstance(arguments, dict):
+        raise QmpError("QMP input member 'arguments' must be an object")
+    for name in arguments:
+        if name not in command.parameters:
+            raise QmpError(f"Parameter '{name}' is unexpected")
+    for name, kind in command.parameters.items():
+        if name not in arguments:
+            raise QmpError(f"Parameter '{name}' is missing")
+        if not isinstance(arguments[name], kind):
+            raise QmpError(f"Invalid parameter type for '{name}', expected: {_KINDS[kind]}")
+    try:
+        answer = command.run(**arguments)
+    except ShardedPcError as error:
+        raise QmpError(str(error)) from None
+    return {} if answer is None else answer
+
+
+_KINDS = {str: "string"}
+"""QEMU's names of types in error texts."""

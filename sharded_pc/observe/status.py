@@ -93,9 +93,11 @@ def migration_info(
     received: list[int],
     error: str | None = None,
     huge: dict | None = None,
+    missing: dict | None = None,
 ) -> dict:
     """`received` is the number of pages received for each block, [] before the block list; `huge`
-    how much of the RAM is mapped by huge pages, if the receiver knows."""
+    how much of the RAM is mapped by huge pages, `missing` what paused guests wait for, as
+    [first page, pages] for each block, if the receiver knows."""
     totals, shards, ram = control.totals, control.shards(), control.geometry
     ended = totals.ended_ns or (now_ns() if totals.started_ns else 0)
     return {
@@ -119,9 +121,19 @@ def migration_info(
             "stripe-size": ram.stripe_bytes if ram else None,
             "memory": process_memory(control.view.owner),
             "huge-pages": huge,
+            "missing": missing,
             "shards": [shard_info(i, shard) for i, shard in enumerate(shards)],
         },
     }
+
+
+def is_paused(status: MigrationStatus) -> bool:
+    """The guest runs, and there is no source to bring what is missing."""
+    return status in (
+        MigrationStatus.POSTCOPY_PAUSED,
+        MigrationStatus.POSTCOPY_RECOVER_SETUP,
+        MigrationStatus.POSTCOPY_RECOVER,
+    )
 
 
 def is_over(status: MigrationStatus) -> bool:

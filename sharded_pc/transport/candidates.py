@@ -5,6 +5,8 @@ say first tells them apart; it is peeked at, so that the stream's reader meets i
 
 ==================  ==============================================================================
 the stream's magic  the source, if none is found yet
+RECV_BITMAP         the source of a paused migration, where that is awaited: a recovery's stream
+                    has no magic (migration/migration.c, postcopy_do_resume)
 multifd's magic     a channel of multifd (migration/multifd.c, MULTIFD_MAGIC)
 nothing             7.2's postcopy-preempt channel if it comes from where the source does, which
                     only the first RAM after set-up makes certain; else a stranger
@@ -35,6 +37,7 @@ LOOK_AGAIN_SECONDS = 0.02
 MAX_CANDIDATES = 128
 """At a time; more wait in the queue, so that strangers cannot take all descriptors."""
 SOURCE = struct.pack(">II", c.FILE_MAGIC, c.FILE_VERSION)
+RECOVERY = struct.pack(">BH", c.Section.COMMAND, c.Cmd.RECV_BITMAP)
 MULTIFD = struct.pack(">I", c.MULTIFD_MAGIC)
 
 
@@ -53,8 +56,10 @@ class Candidates:
     `is_second_silent()` has the last word and close() lets everybody else go.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, wanted: bytes = SOURCE) -> None:
+        """`wanted`: what the source says first, SOURCE or RECOVERY."""
         self._sock = sock
+        self._wanted = wanted
         self._acceptor = Acceptor(sock)
         self._room = asyncio.Semaphore(MAX_CANDIDATES)
         self._looking: dict[socket.socket, asyncio.Task] = {}
@@ -135,15 +140,16 @@ class Candidates:
             return await _opening(sock)
 
     def _judge(self, sock: socket.socket, peer: str, opening: bytes) -> None:
-        if opening.startswith(MULTIFD) and self._peer in ("", peer):
+        new = self._wanted == SOURCE
+        if new and opening.startswith(MULTIFD) and self._peer in ("", peer):
             self._second.set()
             if not self._found.done():
                 self._found.set_exception(second_channel())
-        elif opening == SOURCE and not self._found.done():
+        elif opening.startswith(self._wanted) and not self._found.done():
             self._source, self._peer = sock, peer
             self._found.set_result(sock)
         else:
-            self._tell(peer, _describe(opening))
+            self._tell(peer, _describe(opening, awaits_new=new))
 
     def _tell(self, peer: str, why: str) -> None:
         """Not when the migration fails: then the source closes its connections one by one."""
@@ -164,7 +170,7 @@ async def _opening(sock: socket.socket) -> bytes:
 
 def _may_go_on(seen: bytes) -> bool:
     """A magic's beginning, not yet the whole."""
-    return any(magic.startswith(seen) and magic != seen for magic in (SOURCE, MULTIFD))
+    return any(magic.startswith(seen) and magic != seen for magic in (SOURCE, MULTIFD, RECOVERY))
 
 
 def _is_silent(sock: socket.socket) -> bool:
@@ -177,11 +183,15 @@ def _is_silent(sock: socket.socket) -> bool:
         return False
 
 
-def _describe(opening: bytes) -> str:
+def _describe(opening: bytes, *, awaits_new: bool) -> str:
     if not opening:
         return "it closed without a word"
-    if opening == SOURCE:
+    if opening == SOURCE and awaits_new:
         return "a second source while the first migrates"
+    if opening == SOURCE:
+        return "it begins a new migration where a paused one is to be recovered"
+    if opening.startswith(RECOVERY):
+        return "it recovers a migration, and none is paused here"
     return f"it is no source, it begins with {opening.hex(' ')}"
 
 

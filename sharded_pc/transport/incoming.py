@@ -15,7 +15,7 @@ from collections.abc import Callable
 from sharded_pc import address as addr
 from sharded_pc.errors import HostError, UsageError
 from sharded_pc.transport.accepting import BACKLOG
-from sharded_pc.transport.candidates import Candidates
+from sharded_pc.transport.candidates import RECOVERY, SOURCE, Candidates
 from sharded_pc.transport.liveness import watch_peer
 
 
@@ -27,8 +27,17 @@ class Wire:
         self.back_fd = back_fd
         self._close = close
 
+    def hang_up(self) -> None:
+        """The peer sees the end, also where other processes have the wire open."""
+        with contextlib.suppress(OSError), socket.fromfd(self.fd, *_STREAM) as sock:
+            sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self._close()
+
+
+_STREAM = (socket.AF_UNIX, socket.SOCK_STREAM)
+"""What shutdown(2) does not ask about."""
 
 
 def _from_socket(sock: socket.socket) -> Wire:
@@ -66,9 +75,11 @@ class Listener:
 
 
 class _SocketListener(Listener):
-    def __init__(self, address: addr.Address, sock: socket.socket, path: str | None = None) -> None:
+    def __init__(
+        self, address: addr.Address, sock: socket.socket, wanted: bytes, path: str | None = None
+    ) -> None:
         super().__init__(address)
-        self._candidates = Candidates(sock)
+        self._candidates = Candidates(sock, wanted)
         self._path = path
 
     async def accept(self) -> Wire:
@@ -109,7 +120,7 @@ class _ReadyListener(Listener):
             self._wire = None
 
 
-def _tcp(where: addr.TcpAddress) -> Listener:
+def _tcp(where: addr.TcpAddress, wanted: bytes) -> Listener:
     host = where.host or None
     infos = socket.getaddrinfo(host, where.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, kind, proto, _, sockaddr = infos[0]
@@ -122,7 +133,7 @@ def _tcp(where: addr.TcpAddress) -> Listener:
         sock.close()
         raise
     sock.setblocking(False)
-    return _SocketListener(addr.TcpAddress(where.host, sock.getsockname()[1]), sock)
+    return _SocketListener(addr.TcpAddress(where.host, sock.getsockname()[1]), sock, wanted)
 
 
 def bind_unix(path: str) -> socket.socket:
@@ -157,11 +168,11 @@ def _remove_dead_socket(path: str) -> None:
                     raise
 
 
-def _unix(where: addr.UnixAddress) -> Listener:
-    return _SocketListener(where, bind_unix(where.path), where.path)
+def _unix(where: addr.UnixAddress, wanted: bytes) -> Listener:
+    return _SocketListener(where, bind_unix(where.path), wanted, where.path)
 
 
-def _fd(where: addr.FdAddress) -> Listener:
+def _fd(where: addr.FdAddress, wanted: bytes) -> Listener:
     try:
         mode = os.fstat(where.fd).st_mode
     except OSError:
@@ -171,7 +182,7 @@ def _fd(where: addr.FdAddress) -> Listener:
     return _ReadyListener(where, Wire(where.fd, -1, lambda: os.close(where.fd)))
 
 
-def _exec(where: addr.ExecAddress) -> Listener:
+def _exec(where: addr.ExecAddress, wanted: bytes) -> Listener:
     """Standard input and output of the command are one end of a socket pair: both directions."""
     ours, theirs = socket.socketpair()
     with theirs:
@@ -192,7 +203,7 @@ def _exec(where: addr.ExecAddress) -> Listener:
     return _ReadyListener(where, Wire(ours.fileno(), ours.fileno(), close))
 
 
-def _file(where: addr.FileAddress) -> Listener:
+def _file(where: addr.FileAddress, wanted: bytes) -> Listener:
     fd = os.open(where.path, os.O_RDONLY | os.O_CLOEXEC)
     os.lseek(fd, where.offset, os.SEEK_SET)
     return _ReadyListener(where, Wire(fd, -1, lambda: os.close(fd)))
@@ -207,9 +218,10 @@ _KINDS = {
 }
 
 
-def listen(where: addr.Address) -> Listener:
-    """Makes the place a source migrates to; HostError names it when that fails."""
+def listen(where: addr.Address, *, recovers: bool = False) -> Listener:
+    """Makes the place a source migrates to, or with `recovers` the one where the source of a paused
+    migration comes again; HostError names it when that fails."""
     try:
-        return _KINDS[type(where)](where)
+        return _KINDS[type(where)](where, RECOVERY if recovers else SOURCE)
     except OSError as error:
         raise HostError(f"{where}: {error.strerror or error}") from error

@@ -11,8 +11,6 @@ from sharded_pc.wire.steps import Parser, number, text
 
 _LATER = {
     Cmd.ENABLE_COLO: "COLO replication (turn the source's x-colo capability off)",
-    Cmd.POSTCOPY_RESUME: "a recovery of a paused migration, which this receiver is not in",
-    Cmd.RECV_BITMAP: "a recovery of a paused migration, which this receiver is not in",
 }
 
 
@@ -39,6 +37,13 @@ def _advise(payload: bytes) -> events.PostcopyAdvise:
     return events.PostcopyAdvise(*struct.unpack(">QQ", payload))
 
 
+def _recv_bitmap(payload: bytes) -> events.RecvBitmap:
+    """u8 name length, name."""
+    if len(payload) < 2 or len(payload) != 1 + payload[0]:
+        raise RemoteProtocolError(f"RECV_BITMAP of {len(payload)} bytes does not hold one name")
+    return events.RecvBitmap(text(payload[1:]))
+
+
 def _event(cmd: Cmd, payload: bytes):
     match cmd:
         case Cmd.OPEN_RETURN_PATH:
@@ -57,6 +62,10 @@ def _event(cmd: Cmd, payload: bytes):
             return events.Packaged(int.from_bytes(payload, "big"))
         case Cmd.SWITCHOVER_START:
             return events.SwitchoverStart()
+        case Cmd.RECV_BITMAP:
+            return _recv_bitmap(payload)
+        case Cmd.POSTCOPY_RESUME:
+            return events.PostcopyResume()
         case _:
             raise RemoteProtocolError(f"{cmd.name}: the source asks for {_LATER[cmd]}")
 

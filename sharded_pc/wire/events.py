@@ -109,6 +109,18 @@ class SwitchoverStart:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class RecvBitmap:
+    """Recovery: the source wants to know which pages of a block are here."""
+
+    block: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PostcopyResume:
+    """Recovery: the source has all bitmaps, and pages follow."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Devices:
     """Device state after RAM in a migration that completes in precopy, opaque."""
 

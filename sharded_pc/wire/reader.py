@@ -18,6 +18,7 @@ from sharded_pc.wire.constants import Section
 from sharded_pc.wire.steps import TELL, Parser, Some, counted_text, number, text
 
 _KINDS = {Section.START: "setup", Section.PART: "part", Section.END: "end"}
+_RECOVERY = {events.RecvBitmap: "RECV_BITMAP", events.PostcopyResume: "POSTCOPY_RESUME"}
 _REFUSED_CAPABILITIES = {
     "x-ignore-shared": "its shared blocks would not be sent",
     "mapped-ram": "its pages are not in the stream",
@@ -35,6 +36,20 @@ class StreamReader:
     def events(self) -> Parser:
         """All events of the stream; returns after EOF (and VMDESCRIPTION, if one follows)."""
         yield from self._header()
+        yield from self._sections()
+
+    def resumed_events(self, ram_id: int) -> Parser:
+        """All events of a recovery's stream: no header, the section `ram_id` of RAM goes on."""
+        self._ram_id = ram_id
+        yield from self._handshake()
+        yield from self._sections()
+
+    @property
+    def ram_id(self) -> int | None:
+        """The number of the RAM's section, None before it was said."""
+        return self._ram_id
+
+    def _sections(self) -> Parser:
         while True:
             at = yield TELL
             try:
@@ -57,6 +72,23 @@ class StreamReader:
             raise RemoteProtocolError(
                 f"stream version {version}, expected {c.FILE_VERSION}", offset=4
             )
+
+    def _handshake(self) -> Parser:
+        """RECV_BITMAP for each block, POSTCOPY_RESUME (QEMU migration/migration.c
+        postcopy_do_resume)."""
+        while True:
+            at = yield TELL
+            kind = yield from number(1)
+            event = (yield from command()) if kind == Section.COMMAND else None
+            if type(event) not in _RECOVERY:
+                what = f"section type {kind:#04x}" if event is None else type(event).__name__
+                raise RemoteProtocolError(
+                    f"{what} where a recovery begins, expected RECV_BITMAP or POSTCOPY_RESUME",
+                    offset=at,
+                )
+            yield event
+            if isinstance(event, events.PostcopyResume):
+                return
 
     def _section(self) -> Parser:
         kind = yield from number(1)
@@ -100,6 +132,11 @@ class StreamReader:
         event = yield from command()
         if isinstance(event, events.PostcopyListen | events.PostcopyRun):
             raise RemoteProtocolError(f"{type(event).__name__} outside a package")
+        if type(event) in _RECOVERY:
+            raise RemoteProtocolError(
+                f"{_RECOVERY[type(event)]}: the source asks for a recovery of a paused migration, "
+                f"which this receiver is not in"
+            )
         yield event
         if isinstance(event, events.Packaged):
             yield from package.parse((yield from _package(event.length)))

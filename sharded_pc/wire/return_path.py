@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Iterator
 
 from sharded_pc.errors import RemoteProtocolError
-from sharded_pc.wire.constants import Rp
-from sharded_pc.wire.steps import Parser, number, text
+from sharded_pc.geometry import PAGE_BYTES
+from sharded_pc.wire.constants import MAX_RAM_BYTES, Rp
+from sharded_pc.wire.steps import Parser, Some, number, text
 
 LARGEST = 512
 """A QEMU source closes its return path on anything longer."""
 
-LARGEST_REQUEST = 1 << 30
-"""Bytes: QEMU reads a request's length as a signed int (migration/ram.c ram_save_queue_pages)."""
+RESUMED = 1
+"""The value of RESUME_ACK (QEMU migration/migration.h MIGRATION_RESUME_ACK_VALUE)."""
+
+MAX_BITMAP_BYTES = MAX_RAM_BYTES // PAGE_BYTES // 8
+
+BITMAP_END = 0x0123456789ABCDEF
+"""Behind a received bitmap (QEMU migration/ram.c RAMBLOCK_RECV_BITMAP_ENDING)."""
 
 
 def message(kind: Rp, payload: bytes) -> bytes:
@@ -39,10 +44,17 @@ def req_pages(start: int, length: int, block: str | None = None) -> bytes:
     return message(Rp.REQ_PAGES_ID, where + bytes([len(name)]) + name)
 
 
-def req_span(start: int, length: int, block: str) -> Iterator[bytes]:
-    """Requests for any number of bytes."""
-    for at in range(start, start + length, LARGEST_REQUEST):
-        yield req_pages(at, min(LARGEST_REQUEST, start + length - at), block)
+def resume_ack() -> bytes:
+    """Recovery: we are ready for pages."""
+    return message(Rp.RESUME_ACK, struct.pack(">I", RESUMED))
+
+
+def recv_bitmap(block: str, words: bytes) -> bytes:
+    """Recovery: the received bits of a block, in little-endian 8-byte words (the receiver's own are
+    written in C, native/return_path.c)."""
+    name = block.encode("utf-8", "surrogateescape")
+    head = message(Rp.RECV_BITMAP, bytes([len(name)]) + name)
+    return head + struct.pack(">Q", len(words)) + words + struct.pack(">Q", BITMAP_END)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,11 +74,25 @@ class ReqPages:
     length: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class RecvBitmap:
+    block: str
+    words: bytes
+    """bit n of these little-endian 8-byte words: page n is here"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ResumeAck:
+    value: int
+
+
 _LENGTHS = {
     Rp.SHUT: range(4, 5),
     Rp.PONG: range(4, 5),
     Rp.REQ_PAGES_ID: range(14, 13 + 256),
     Rp.REQ_PAGES: range(12, 13),
+    Rp.RECV_BITMAP: range(2, 1 + 256),
+    Rp.RESUME_ACK: range(4, 5),
 }
 """Payload bytes of the messages that a source reads here."""
 
@@ -80,10 +106,29 @@ def _check(kind: int, payload: bytes) -> None:
         raise RemoteProtocolError(
             f"{Rp.REQ_PAGES_ID.name} of {len(payload)} bytes with a name of {payload[12]}"
         )
+    if kind == Rp.RECV_BITMAP and len(payload) != 1 + payload[0]:
+        raise RemoteProtocolError(
+            f"{Rp.RECV_BITMAP.name} of {len(payload)} bytes with a name of {payload[0]}"
+        )
+
+
+def _bitmap(payload: bytes) -> Parser:
+    """What stands behind a RECV_BITMAP's message: be64 size, the words, be64 end mark."""
+    size = yield from number(8)
+    if size % 8 or size > MAX_BITMAP_BYTES:
+        raise RemoteProtocolError(f"received bitmap of {size} bytes")
+    words = bytearray()
+    while len(words) < size:
+        words += yield Some(size - len(words))
+    end = yield from number(8)
+    if end != BITMAP_END:
+        raise RemoteProtocolError(f"received bitmap ends with {end:#018x}")
+    return RecvBitmap(text(payload[1:]), bytes(words))
 
 
 def messages() -> Parser:
-    """Parser of a return path as a source sees it: Shut, Pong, ReqPages for ever."""
+    """Parser of a return path as a source sees it: Shut, Pong, ReqPages, RecvBitmap, ResumeAck for
+    ever."""
     block: str | None = None
     while True:
         kind = yield from number(2)
@@ -97,6 +142,10 @@ def messages() -> Parser:
                 yield Shut(int.from_bytes(payload, "big"))
             case Rp.PONG:
                 yield Pong(int.from_bytes(payload, "big"))
+            case Rp.RESUME_ACK:
+                yield ResumeAck(int.from_bytes(payload, "big"))
+            case Rp.RECV_BITMAP:
+                yield (yield from _bitmap(payload))
             case Rp.REQ_PAGES_ID | Rp.REQ_PAGES:
                 start, length = struct.unpack(">QI", payload[:12])
                 if kind == Rp.REQ_PAGES_ID:

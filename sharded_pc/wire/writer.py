@@ -51,6 +51,16 @@ def discard(block: str, ranges: Sequence[tuple[int, int]]) -> bytes:
     return command(Cmd.POSTCOPY_RAM_DISCARD, b"\0" + _name(block) + b"\0" + pairs)
 
 
+def recv_bitmap(block: str) -> bytes:
+    """Recovery: asks which pages of a block the destination has."""
+    return command(Cmd.RECV_BITMAP, _name(block))
+
+
+def postcopy_resume() -> bytes:
+    """Recovery: all bitmaps are here, pages follow."""
+    return command(Cmd.POSTCOPY_RESUME)
+
+
 def packaged(devices: bytes, pings: Iterable[int] = (3,)) -> bytes:
     """LISTEN, device state, PINGs and RUN as one blob."""
     blob = package.LISTEN + devices + b"".join(map(ping, pings)) + package.RUN
