@@ -1,7 +1,7 @@
 """One connection of a source: its wire, the stream's thread, and the way back.
 
-It lives from the source's first byte to the wire's end, which is the migration's end, its failure, or
-a pause; the memory, its guests and the migration outlive it.
+It lives from the source's first byte to the wire's end, which is the migration's end, its failure,
+or a pause; the memory, its guests and the migration outlive it.
 """
 
 from __future__ import annotations
