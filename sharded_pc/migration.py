@@ -123,10 +123,9 @@ class Migration:
         self.paused_by = error
         self._memory.control.note_back_lost()
         missing = self._memory.geometry.total // PAGE_BYTES - sum(self._memory.received_pages())
-        log.error(
-            "paused: %s; the guest goes on and waits for pages that are missing (%d): tell the "
-            "control socket where the source may come again (migrate-recover), and the source to "
-            "resume", error, missing,
+        log.warning(
+            "paused: %s; the guest goes on, and waits for %d missing pages: say migrate-recover at "
+            "the control socket, then migrate with resume at the source", error, missing,
         )  # fmt: skip
 
     def _leave(self, connection: Connection) -> None:

@@ -23,6 +23,7 @@ from sharded_pc.address import TcpAddress
 from sharded_pc.coordinator import Coordinator, Settings
 from sharded_pc.errors import ShardedPcError
 from sharded_pc.geometry import PAGE_BYTES
+from sharded_pc.state import MigrationStatus
 from sharded_pc.transport import liveness
 from tests.qemu import wait_until
 from tests.synthetic import WAIT_S, StepSource, missing_pages
@@ -73,11 +74,20 @@ class Migration:
     async def run(self) -> ShardedPcError | None:
         """How the receiver ended."""
         async with Coordinator(self._settings, self._begin) as self._coordinator:
+            giving_up = asyncio.create_task(self._give_up())
             try:
                 await self._coordinator.receive()
             except ShardedPcError as error:
                 return error
+            finally:
+                giving_up.cancel()
         return None
+
+    async def _give_up(self) -> None:
+        """As soon as it is paused."""
+        while self._coordinator.memory.control.status is not MigrationStatus.POSTCOPY_PAUSED:
+            await asyncio.sleep(0.01)
+        self._coordinator.quit()
 
     def _begin(self, where: TcpAddress) -> None:
         self._source = threading.Thread(target=self._migrate, args=(where,), daemon=True)

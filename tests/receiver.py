@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.control import Control
 from tests.qemu import WaitTimeout, wait_until
 
 MARK = "SHARDED_PC_TEST_RECEIVER"
@@ -47,8 +48,9 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        """The lines on stderr that report an error."""
-        return [line for line in self.stderr.splitlines() if line.startswith("sharded-pc: ")]
+        """The lines on stderr that report an error, and not a warning."""
+        lines = [line for line in self.stderr.splitlines() if line.startswith("sharded-pc: ")]
+        return [line for line in lines if not line.startswith("sharded-pc: WARNING: ")]
 
 
 PLACEMENT: tuple[str, ...] = ()
@@ -139,6 +141,13 @@ class Receiver:
             self._outcome = Outcome(code, self._json(), self.stderr())
             self._check_end(self._outcome)
         return self._outcome
+
+    def give_up(self) -> Outcome:
+        """As an operator who does not wait for the source any more, once it is paused."""
+        with contextlib.closing(Control(self.control_path)) as control:
+            control.wait_status("postcopy-paused")
+            assert control.execute("quit") == {}
+        return self.finish()
 
     def signal(self, number: signal.Signals) -> None:
         """Sends it a signal."""

@@ -398,7 +398,7 @@ CLI = {
     "cut in precopy": (GOOD[: len(READY) + 30], 4, "source closed the stream"),
     "cut in postcopy": (GOOD[: LISTENING_AT + 99], 5, "connection to the source"),
     "illegal": (DISCARDING + w.ram_section(b""), 4, "PART section is not legal"),
-    "pages never sent": (RUNNING + END + w.eof(), 4, "20 pages never sent"),
+    "pages never sent": (RUNNING + END + w.eof(), 5, "20 pages never sent"),
     "too big": (
         w.header() + w.ram_setup([RamBlock("pc.ram", 1 << 45)]), 3, "35184372088832 bytes",
     ),
@@ -412,11 +412,12 @@ def test_through_the_command_line(tmp_path, unique_name, case):
     ours, theirs = socket.socketpair()
     with ours, theirs:
         fd = theirs.fileno()
-        with Receiver(tmp_path, unique_name, f"fd:{fd}", keep=False, pass_fds=[fd]) as receiver:
+        options = {"keep": False, "pass_fds": [fd], "control": True}
+        with Receiver(tmp_path, unique_name, f"fd:{fd}", **options) as receiver:
             theirs.close()
             ours.sendall(stream)
             ours.shutdown(socket.SHUT_WR)
-            outcome = receiver.finish()
+            outcome = receiver.give_up() if code == 5 else receiver.finish()
     assert outcome.exit_code == code
     assert (outcome.info["status"], text in outcome.info["error-desc"]) == ("failed", True)
     assert outcome.errors == [f"sharded-pc: {outcome.info['error-desc']}"]

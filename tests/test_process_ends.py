@@ -110,11 +110,11 @@ def qmp(path: Path, command: str) -> dict:
 def test_a_source_that_goes_away_in_postcopy_is_a_lost_connection(tmp_path, unique_name):
     """Exit 5: the source still has the pages; the guest that waits for one goes on waiting."""
     with (
-        Receiver(tmp_path, unique_name, keep=False) as receiver,
+        Receiver(tmp_path, unique_name, keep=False, control=True) as receiver,
         in_phase(receiver, "postcopy") as (source, guest),
     ):
         source._sock.shutdown(socket.SHUT_RDWR)
-        outcome = receiver.finish()
+        outcome = receiver.give_up()
         check_waits(guest)
     assert outcome.exit_code == 5
     missing = sum(len(missing_pages(ORACLE, n)) for n in range(len(BLOCKS)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -18,6 +17,7 @@ from sharded_pc.address import UnixAddress
 from sharded_pc.errors import ConnectionLost
 from sharded_pc.testing.oracle import DIRTIED
 from sharded_pc.wire import writer
+from tests.control import Control
 from tests.qemu import wait_until
 from tests.receiver import Receiver
 from tests.synthetic import (
@@ -38,55 +38,6 @@ pytestmark = [pytest.mark.uffd, pytest.mark.usefixtures("placement")]
 
 MISSING = missing_pages(ORACLE, 0)
 DATA = missing_pages(ORACLE, 0, DIRTIED)
-
-
-class Control:
-    """A client of the control socket that keeps the events it hears."""
-
-    def __init__(self, path: str | Path) -> None:
-        self._sock = socket.socket(socket.AF_UNIX)
-        self._sock.settimeout(WAIT_S)
-        self._sock.connect(str(path))
-        self._file = self._sock.makefile("r", encoding="utf-8")
-        self.events: list[str] = []
-        json.loads(self._file.readline())
-        assert self.execute("qmp_capabilities") == {}
-
-    def execute(self, command: str, **arguments: object) -> object:
-        """Its answer, {} or an error's text."""
-        message = {"execute": command, **({"arguments": arguments} if arguments else {})}
-        self._sock.sendall(json.dumps(message).encode())
-        while True:
-            answer = json.loads(self._file.readline())
-            if "event" in answer:
-                self._note(answer)
-                continue
-            return answer["return"] if "return" in answer else answer["error"]["desc"]
-
-    def _note(self, event: dict) -> None:
-        assert event["event"] == "MIGRATION"
-        self.events.append(event["data"]["status"])
-
-    def wait_status(self, status: str) -> dict:
-        """query-migrate's answer once it says so."""
-        found: dict = {}
-
-        def says() -> bool:
-            found.update(self.execute("query-migrate"))
-            return found["status"] == status
-
-        wait_until(says, f"status {status}", WAIT_S)
-        return found
-
-    def hear(self) -> None:
-        """Everything up to its end."""
-        with contextlib.suppress(ConnectionError):
-            for line in self._file:
-                self._note(json.loads(line))
-
-    def close(self) -> None:
-        self._file.close()
-        self._sock.close()
 
 
 @contextlib.contextmanager
@@ -377,10 +328,7 @@ def test_the_end_of_a_paused_receiver(tmp_path, unique_name):
         source.wait_switched()
         source.send_pages(0, DATA[:40])
         cut(source)
-        with contextlib.closing(Control(receiver.control_path)) as control:
-            control.wait_status("postcopy-paused")
-            control.execute("quit")
-        outcome = receiver.finish()
+        outcome = receiver.give_up()
     assert (outcome.exit_code, outcome.info["status"]) == (5, "failed")
     left = {b.name: set(missing_pages(ORACLE, n)) for n, b in enumerate(BLOCKS)}
     left["pc.ram"] -= set(DATA[:40])
