@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 class Connection:
     """`wire` is a source's, found by `listener`, which other channels of the source may reach.
 
-    With `resumes` it goes on with a paused migration, whose RAM has this section number.
+    With `resumes` it goes on with a paused migration.
     """
 
     def __init__(
@@ -36,7 +36,8 @@ class Connection:
         listener: Listener,
         memory: GuestMemory,
         receiver_ending: Ending,
-        resumes: int | None = None,
+        *,
+        resumes: bool = False,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.ending = Ending(receiver_ending)
@@ -44,8 +45,6 @@ class Connection:
         self._listener = listener
         self._memory = memory
         self._resumes = resumes
-        self.ram_id = resumes
-        """the RAM's section number, once it is known"""
         self._return_path: ReturnPath | None = None
         self._return_thread: threading.Thread | None = None
         self._is_one_channel = False
@@ -55,7 +54,7 @@ class Connection:
         """The whole stream, for `receiver`; raises what ended it too early."""
         stop = self.ending.stop
         incoming = Incoming(
-            self._memory, self._wire.fd, stop, self, receiver, record_fd, self._resumes
+            self._memory, self._wire.fd, stop, self, receiver, record_fd, resumes=self._resumes
         )
         try:
             await asyncio.to_thread(incoming.run)
@@ -64,7 +63,6 @@ class Connection:
                 raise self.ending.trouble from None
             raise
         finally:
-            self.ram_id = incoming.ram_id
             await self._end_return_path()
 
     def hang_up(self) -> None:

@@ -21,7 +21,14 @@ from sharded_pc.address import Address, parse
 from sharded_pc.attach.server import AttachServer
 from sharded_pc.connection import Connection
 from sharded_pc.ending import Ending
-from sharded_pc.errors import Cancelled, ConnectionLost, HostError, ShardedPcError, UsageError
+from sharded_pc.errors import (
+    Cancelled,
+    ConnectionLost,
+    GuestLost,
+    HostError,
+    ShardedPcError,
+    UsageError,
+)
 from sharded_pc.huge_pages import HugePages
 from sharded_pc.memory import GuestMemory
 from sharded_pc.migration import Migration
@@ -29,9 +36,10 @@ from sharded_pc.native.guests import Guests
 from sharded_pc.observe.qmp import Command, QmpServer
 from sharded_pc.observe.status import is_over, is_paused, migration_info
 from sharded_pc.populate import Populator
-from sharded_pc.settings import Settings, folder_prefix
+from sharded_pc.settings import Settings, folder_prefix, remove_folders
 from sharded_pc.shards import Shards
 from sharded_pc.state import MigrationStatus
+from sharded_pc.succession import NothingToResume, take_over
 from sharded_pc.transport.incoming import Listener, listen
 
 if TYPE_CHECKING:
@@ -50,11 +58,14 @@ MISSING_LISTED = 1000
 class Coordinator:
     """One receiver, used once: `async with Coordinator(settings) as c: info = await c.receive()`.
 
-    `on_listening(address)` is called when a source may connect.
+    `on_listening(address)` is called when a source may connect, or, with None, when a dead
+    receiver's migration was taken up.
     """
 
     def __init__(
-        self, settings: Settings, on_listening: Callable[[Address], None] = lambda address: None
+        self,
+        settings: Settings,
+        on_listening: Callable[[Address | None], None] = lambda address: None,
     ) -> None:
         self.settings = settings
         self._on_listening = on_listening
@@ -69,6 +80,10 @@ class Coordinator:
         self._guests: Guests
         self._listener: Listener
         self.error: ShardedPcError | None = None
+        self.resumes = False
+        """a dead receiver's migration"""
+        self._is_up = False
+        self._guests_before: frozenset[int] = frozenset()
 
     @property
     def destination(self) -> QemuDestination | None:
@@ -78,9 +93,11 @@ class Coordinator:
         """Everything that can fail before a source connects: host, sockets, memory, workers."""
         try:
             await self._set_up()
-        except BaseException:
+        except BaseException as error:
+            self._is_up = isinstance(error, GuestLost)  # else somebody may yet take it up
             await self._exit.aclose()
             raise
+        self._is_up = True
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -90,19 +107,17 @@ class Coordinator:
         settings, callback = self.settings, self._exit.callback
         host.require_host(kernel_faults=bool(settings.qemu))
         callback(self._ending.close)
-        self.memory = GuestMemory.create(settings.name, settings.workers)
+        self.resumes = settings.resume and self._take_over()
+        if not self.resumes:
+            self.memory = GuestMemory.create(settings.name, settings.workers)
         callback(self._leave_memory)
         self._guests = Guests(self.memory.control)
         callback(self._guests.close)
         populator = Populator(self.memory)
         self._huge_pages = HugePages(self.memory, populator)
         callback(populator.close)
-        self.memory.control.status = MigrationStatus.SETUP
-        self._record_fd = self._open_recording()
-        if settings.qemu:
-            _check_destination(settings.qemu)
-        self._listener = listen(settings.incoming)
-        callback(self._listener.close)
+        if not self.resumes:
+            self._expect_source()
         await self._start_shards()
         self.migration = Migration(
             settings, self.memory, self.shards, populator, self._huge_pages, self._ending,
@@ -110,13 +125,42 @@ class Coordinator:
         )  # fmt: skip
         for process in self.shards.processes:
             process.on_trouble = self.migration.trouble
+        if self.resumes:
+            await self.migration.take_up(self._guests_before)
         await self._open_sockets()
-        if settings.qemu:
-            self._make_destination()
+        await self._make_destination()
         self._exit.push_async_callback(self.migration.close)
 
+    def _take_over(self) -> bool:
+        """True if a dead receiver's memory is ours now; false: there is none, and a source may come
+        instead.  UsageError, HostError."""
+        try:
+            self.memory, self._guests_before = take_over(self.settings.name)
+        except NothingToResume:
+            if self.settings.incoming is None:
+                raise
+            return False
+        name, destination = self.settings.name, self.memory.control.destination
+        if (destination is not None) != self.settings.runs:
+            self.memory.close()
+            word = "receive" if destination is None else "run"
+            raise UsageError(f"receiver {name!r} was a `{word}`: sharded-pc {word} --resume {name}")
+        self._exit.callback(remove_folders, name)  # of the dead one
+        return True
+
+    def _expect_source(self) -> None:
+        settings = self.settings
+        assert settings.incoming is not None
+        self.memory.control.status = MigrationStatus.SETUP
+        self._record_fd = self._open_recording()
+        if settings.qemu:
+            _check_destination(settings.qemu)
+        self._listener = listen(settings.incoming)
+        self._exit.callback(self._listener.close)
+
     async def _start_shards(self) -> None:
-        self.shards = Shards(self.memory, self.settings.workers, self._guests)
+        count = self.memory.control.view.n_shards
+        self.shards = Shards(self.memory, count, self._guests)
         self._exit.push_async_callback(self.shards.stop)
         for process in self.shards.processes:
             process.on_trouble = self._ending.because
@@ -150,10 +194,13 @@ class Coordinator:
             process.on_guest_trouble = server.broken
         self.migration.attach = self._attach = server
 
-    def _make_destination(self) -> None:
+    async def _make_destination(self) -> None:
+        settings, attach = self.settings, self._attach
+        known = self.memory.control.destination if self.resumes else None
+        if not settings.qemu and known is None:
+            return
         from sharded_pc.destination import QemuDestination  # needs a QMP client, `receive` does not
 
-        settings, attach = self.settings, self._attach
         assert settings.attach is not None and attach is not None
         folder = Path(tempfile.mkdtemp(prefix=folder_prefix(settings.name)))
         self._exit.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -163,6 +210,9 @@ class Coordinator:
         )  # fmt: skip
         self._exit.push_async_callback(destination.end)
         self.migration.destination = destination
+        if known is not None:
+            await destination.adopt(*known)
+            self.migration.watch()
 
     def _open_recording(self) -> int:
         if self.settings.record is None:
@@ -179,7 +229,7 @@ class Coordinator:
         completed = self.memory.control.status is MigrationStatus.COMPLETED
         if self.settings.keep and completed:
             self.memory.unlink_all_but_ram()
-        else:
+        elif self._is_up or not self.resumes:
             self.memory.unlink()
         self.memory.close()
 
@@ -189,19 +239,24 @@ class Coordinator:
         """Waits for a source, receives it whole, and answers migration_info.
         Raises what failed; `info()` tells then as well."""
         try:
-            await self.migration.receive(await self._connected(), self._record_fd)
+            if self.resumes:
+                self._on_listening(None)
+                self._tell_started()
+                await self.migration.resume()
+            else:
+                await self.migration.receive(await self._connected(), self._record_fd)
         except ShardedPcError as error:
             await self._fail(error)
             raise
         return self.info()
 
     async def _connected(self) -> Connection:
-        self._announce()
+        self._on_listening(self._listener.address)
+        self._tell_started()
         wire = await self._ending.unless_over(self._listener.accept())
         return Connection(wire, self._listener, self.memory, self._ending)
 
-    def _announce(self) -> None:
-        self._on_listening(self._listener.address)
+    def _tell_started(self) -> None:
         if self.settings.status_fd is not None:
             try:
                 os.write(self.settings.status_fd, b"1")

@@ -79,8 +79,7 @@ class Receiver(Protocol):
 class Incoming:
     """Drives one stream to its end.  `devices` holds the opaque device state afterwards.
 
-    `resumes`: this is a recovery's stream, in which RAM has this section number; the blocks are
-    known and guests run.
+    `resumes`: this is a recovery's stream; the blocks are known and guests run.
     """
 
     def __init__(
@@ -91,7 +90,8 @@ class Incoming:
         channels: Channels,
         receiver: Receiver,
         record_fd: int = -1,
-        resumes: int | None = None,
+        *,
+        resumes: bool = False,
     ) -> None:
         self._memory = memory
         self._control = memory.control
@@ -131,11 +131,6 @@ class Incoming:
     def state(self) -> PostcopyState:
         return self._control.postcopy_state
 
-    @property
-    def ram_id(self) -> int | None:
-        """The number of the RAM's section, once it is known."""
-        return self._reader.ram_id
-
     def run(self) -> None:
         """Until the migration has completed; RemoteProtocolError, ConnectionLost, HostError,
         ShardError, Stopped."""
@@ -154,13 +149,14 @@ class Incoming:
             self._control.note_transferred(self._stream.offset)
 
     def _events(self) -> Parser:
-        if self._resumes is None:
+        if not self._resumes:
             return self._reader.events()
+        assert self._control.ram_section is not None
         self._has_return_path = True
         self._channels.open_return_path()
         self._use_ram()
         self._ram.enter_postcopy()
-        return self._reader.resumed_events(self._resumes)
+        return self._reader.resumed_events(self._control.ram_section)
 
     def _wire_closed(self) -> Exception:
         where, broken_by = self._stream.offset, self._stream.broken_by
@@ -259,6 +255,7 @@ class Incoming:
         self._receiver.configured(event.machine)
 
     def _blocks(self, event: events.RamBlocks) -> None:
+        self._control.note_ram_section(self._reader.ram_id)
         self._receiver.define(event.blocks)
         self._use_ram()
         self._control.note_setup()

@@ -7,9 +7,11 @@ source has sent its block list: `define` makes blocks and bitmaps then, `load` f
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import mmap
 import os
+import time
 from collections.abc import Iterator
 
 from sharded_pc import shm
@@ -76,6 +78,20 @@ class GuestMemory:
                 f"shared memory {control.name} is not a control segment of this version"
             )
         memory.load()
+        return memory
+
+    @classmethod
+    def adopt(cls, name: str) -> GuestMemory:
+        """A dead receiver's memory, with the owner's lock.  FileNotFoundError; HostError if its
+        owner lives, or it is of another version."""
+        memory = cls.open(name)
+        try:
+            memory._control_segment.own(time.monotonic() + shm.LOCK_SECONDS)
+            if not memory._control_segment.is_named():
+                raise FileNotFoundError(errno.ENOENT, "removed meanwhile", name)
+        except BaseException:
+            memory.close()
+            raise
         return memory
 
     @property

@@ -34,6 +34,7 @@ from sharded_pc.memory import GuestMemory
 from sharded_pc.native.alias import Alias
 from sharded_pc.native.guests import Guests
 from sharded_pc.populate import Populator
+from sharded_pc.processes import is_alive
 from sharded_pc.recovery import Recovery
 from sharded_pc.settings import Settings
 from sharded_pc.shards import Shards
@@ -46,6 +47,9 @@ log = logging.getLogger(__name__)
 
 LOAD_ENDS_SECONDS = 2.0
 """From a destination's exit to the end of loading its devices."""
+GUESTS_BACK_SECONDS = 10.0
+"""For a dead receiver's guests to attach again; they try some times in a second."""
+LOOK_SECONDS = 0.02
 PAUSES = (ConnectionLost, RemoteProtocolError, HostError, ShardError)
 """What ends a connection, and not a migration whose guest runs (as QEMU since 7.0: any error)."""
 
@@ -76,6 +80,8 @@ class Migration:
         self._recovery = Recovery(settings.recover_uri, ending, self._set_status)
         self._connection: Connection | None = None
         self.paused_by: ShardedPcError | None = None
+        self._guests_before: frozenset[int] = frozenset()
+        """those of a dead receiver whose migration this was"""
         self._machine = ""
         self._watching: asyncio.Task | None = None
         self._loading: asyncio.Task | None = None
@@ -94,8 +100,7 @@ class Migration:
         runs; then guests run on plain memory."""
         self._memory.control.note_started()
         await self._over(connection, record_fd)
-        await self._release_guests()
-        await self._huge_pages.settle(self.guest_pids)
+        await self._finish()
 
     async def _over(self, connection: Connection, record_fd: int) -> None:
         while True:
@@ -109,9 +114,9 @@ class Migration:
                 self._pause(error)
             finally:
                 self._connection = None
-                ram_id, record_fd = connection.ram_id, -1  # a recording is one stream
+                record_fd = -1  # a recording is one stream
                 self._leave(connection)
-            connection = await self._recovered(ram_id)
+            connection = await self._recovered()
 
     # Pause and recovery
 
@@ -134,13 +139,12 @@ class Migration:
             connection.hang_up()
         connection.close()
 
-    async def _recovered(self, ram_id: int | None) -> Connection:
-        assert ram_id is not None
+    async def _recovered(self) -> Connection:
         try:
             wire, listener = await self._recovery.accept()
         except Cancelled as error:
             raise ConnectionLost(f"{error} while paused: {self.paused_by}") from None
-        return Connection(wire, listener, self._memory, self._ending, ram_id)
+        return Connection(wire, listener, self._memory, self._ending, resumes=True)
 
     def recover(self, uri: Address) -> None:
         """`migrate-recover`; UsageError, HostError."""
@@ -171,6 +175,39 @@ class Migration:
         self._memory.control.status = status
         self._on_status(status)
 
+    async def take_up(self, guests: frozenset[int]) -> None:
+        """A dead receiver's migration, whose guest runs: workers go on with what is in shared
+        memory, before the `guests` that it had attach again."""
+        self._guests_before = guests
+        self._use_blocks()
+        self._start_populating()
+        await self._shards.tell("geometry")
+        await self._shards.tell("listen")
+
+    async def resume(self) -> None:
+        """What receive() does, from the pause on."""
+        self._pause(ConnectionLost("the receiver died and was resumed"))
+        if self.attach is not None:
+            self.attach.geometry_known()
+        self._readying = asyncio.create_task(self._make_ready())
+        await self._over(await self._recovered(), -1)
+        await self._finish()
+
+    async def _finish(self) -> None:
+        await self._guests_back()
+        await self._release_guests()
+        await self._huge_pages.settle(self.guest_pids)
+
+    async def _guests_back(self) -> None:
+        """Who waits for a dead receiver's word that all is here gets ours."""
+        waited = 0.0
+        while missing := {pid for pid in self._guests_before - self.guest_pids if is_alive(pid)}:
+            if waited >= GUESTS_BACK_SECONDS:
+                log.warning("guests %s have not attached again: they may wait for ever", missing)
+                return
+            await asyncio.sleep(LOOK_SECONDS)
+            waited += LOOK_SECONDS
+
     @property
     def guest_pids(self) -> frozenset[int]:
         return self.attach.pids if self.attach is not None else frozenset()
@@ -194,11 +231,9 @@ class Migration:
     async def define(self, blocks: tuple[RamBlock, ...]) -> None:
         geometry = Geometry.of(blocks, self._settings.workers, self._settings.stripe_bytes)
         host.require_memory(geometry.total)
-        placement = await self._make_memory(geometry)
-        for index, block in enumerate(self._memory.blocks):
-            self.guests.use_block(index, block.fd)
-        if placement is Placement.CONTINUE:
-            self._populator.start()
+        await self._make_memory(geometry)
+        self._use_blocks()
+        self._start_populating()
         await self._shards.tell("geometry")
         if self.attach is not None:
             self.attach.geometry_known()
@@ -207,16 +242,23 @@ class Migration:
             # while the source's guest still can, even if the source is told to switch at once.
             assert self._connection is not None
             await self._connection.ending.unless_over(self.destination.start(self._machine))
-            self._watching = asyncio.create_task(self._watch(self.destination))
+            self.watch()
 
-    async def _make_memory(self, geometry: Geometry) -> Placement:
+    def _use_blocks(self) -> None:
+        for index, block in enumerate(self._memory.blocks):
+            self.guests.use_block(index, block.fd)
+
+    def _start_populating(self) -> None:
+        if self._memory.placement is Placement.CONTINUE:
+            self._populator.start()
+
+    async def _make_memory(self, geometry: Geometry) -> None:
         reserve = self._settings.reserve
         placement, reason = host.choose_placement(self._settings.placement, geometry.total)
         log.info("placement %s: %s", placement, reason)
         if reserve and placement is Placement.COPY:
             raise HostError(f"--reserve needs placement continue: {reason}")
         await asyncio.to_thread(self._memory.define, geometry, placement, reason, reserve=reserve)
-        return placement
 
     # The switch
 
@@ -275,6 +317,11 @@ class Migration:
         except ShardedPcError as error:
             self._ending.because(error)
             raise
+
+    def watch(self) -> None:
+        """The destination is there from now on."""
+        assert self.destination is not None
+        self._watching = asyncio.create_task(self._watch(self.destination))
 
     async def _watch(self, destination: QemuDestination) -> None:
         """A destination that ends before everything has arrived ends the migration."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from sharded_pc.address import Address
@@ -22,17 +24,27 @@ def folder_prefix(name: str) -> str:
     return f"sharded-pc.{name}."
 
 
+def remove_folders(name: str) -> None:
+    """A dead receiver's temporary folders."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{folder_prefix(name)}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What `receive` is told; paths are file-system paths, None: not wanted."""
 
-    incoming: Address
+    incoming: Address | None
+    """None: only with `resume`"""
     name: str
     workers: int = 2
     placement: Placement | None = None
     """None: what this host does best"""
     attach: str | None = None
     control: str | None = None
+    resume: bool = False
+    """takes a dead receiver of this name up, whose guest has run; if there is none, a new migration
+    comes to `incoming`"""
     recover_uri: Address | None = None
     """where the source of a paused migration may come again, unasked"""
     record: str | None = None
@@ -44,6 +56,8 @@ class Settings:
     """None: geometry.default_stripe_bytes"""
     attach_step_seconds: float = STEP_SECONDS
     """patience with a client in the middle of the hand-over"""
+    runs: bool = False
+    """the guest is that of a QEMU which is ours to start and to watch"""
     qemu: tuple[str, ...] = ()
     """command line of a destination to resume; (): none"""
     qemu_stdout: int | None = None

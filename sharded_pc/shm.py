@@ -115,7 +115,7 @@ class Segment:
         while True:
             segment = cls.create(name, size, reserve=True)
             try:
-                segment._own(deadline)
+                segment.own(deadline)
                 if segment.is_named():
                     return segment
             except HostError:
@@ -125,7 +125,8 @@ class Segment:
                 raise
             segment.close()  # `clean` came before the lock, and took it for a dead one's
 
-    def _own(self, deadline: float) -> None:
+    def own(self, deadline: float) -> None:
+        """Takes the owner's lock, past those who only look; HostError."""
         while not self.lock():
             if time.monotonic() > deadline:
                 raise HostError(

@@ -251,7 +251,8 @@ class Receiver:
         return [self.attach_path, self.control_path, *incoming]
 
     def _clean(self) -> None:
-        command = [sys.executable, "-m", "sharded_pc", "clean", "--kept", "--name", self.name]
+        command = [sys.executable, "-m", "sharded_pc", "clean", "--kept", "--resumable"]
+        command += ["--name", self.name]
         if self.segments():
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=START_S)
 
@@ -270,6 +271,22 @@ class Receiver:
     def _started(self) -> subprocess.Popen[bytes]:
         assert self._process, f"{self.name} is not started"
         return self._process
+
+
+class Resumes:
+    """Makes a receiver's class that of a dead one's successor: `--resume NAME` instead of an
+    address, in the same folder and with the same sockets."""
+
+    def command(self, *more: str) -> list[str]:
+        words = super().command(*more)
+        at = words.index("--name")
+        words[at] = "--resume"
+        words.remove(self.incoming)
+        return words[: words.index("--")] if "--" in words else words
+
+
+class Successor(Resumes, Receiver):
+    """`receive --resume NAME`."""
 
 
 def marked_processes(variable: str, value: str) -> list[int]:

@@ -16,6 +16,8 @@ pytest.importorskip("qemu.qmp", reason="needs the client: pip install qemu.qmp")
 from tests.qemu import wait_until
 from tests.qemu.guest_image import MIB
 from tests.qemu.vm import QmpConnection
+from tests.receiver import Resumes
+from tests.runner import Runner
 from tests.test_run_qemu import Pair, check_goes_on, check_missing, check_plain, pair
 
 pytestmark = [
@@ -165,3 +167,53 @@ def test_a_guest_that_dies_while_paused(tmp_path, unique_name, binary):
         operator.cut("receiver")
         os.kill(operator.vms.guest.pid, signal.SIGKILL)
         assert operator.vms.runner.finish().exit_code == 6
+
+
+# --- the receiver dies ---
+
+
+class Successor(Resumes, Runner):
+    """`run --resume NAME`."""
+
+
+def kill(runner: Runner, *, workers: bool) -> None:
+    shards = [shard["pid"] for shard in runner.look()["sharded"]["shards"]]
+    for pid in [runner.pid, *(shards if workers else ())]:
+        os.kill(pid, signal.SIGKILL)
+    runner._started().wait()
+
+
+@pytest.mark.parametrize("workers", [False, True], ids=["the coordinator", "everything"])
+def test_a_killed_receiver_is_resumed(tmp_path, unique_name, binary, workers):
+    """QEMU lives on, its guest waits and never reads zeros; the successor adopts it."""
+    with operated(tmp_path, unique_name, binary) as operator:
+        vms, dead = operator.vms, operator.vms.runner
+        qemu = vms.guest.pid
+        kill(dead, workers=workers)
+        vms.source.wait_migration("postcopy-paused")
+        assert vms.guest.run_state() == "running"
+        with Successor(
+            tmp_path, unique_name, vms.guest, "--control", f"{tmp_path}/c2"
+        ) as vms.runner:
+            assert vms.guest.pid == qemu
+            operator.control.close()
+            operator.control = QmpConnection(tmp_path / "c2")
+            operator.wait("postcopy-paused")
+            operator.recover()
+            check_end(operator)
+            assert vms.runner.finish().exit_code == 0
+        dead._outcome = vms.runner._outcome
+
+
+def test_a_guest_that_dies_while_its_receiver_is_away(tmp_path, unique_name, binary):
+    with operated(tmp_path, unique_name, binary) as operator:
+        vms, dead = operator.vms, operator.vms.runner
+        qemu = vms.guest.pid
+        kill(dead, workers=True)
+        os.kill(qemu, signal.SIGKILL)
+        wait_until(lambda: not dead.processes(), "the end of all processes")
+        vms.runner = Successor(tmp_path, unique_name, vms.guest)
+        outcome = vms.runner.run_to_end()
+        assert outcome.exit_code == 6
+        assert f"QEMU (pid {qemu}) has ended while its receiver was away" in outcome.stderr
+        dead._outcome = outcome

@@ -229,7 +229,7 @@ class AttachServer:
                 os.close(fd)
         self._guests[slot] = client
         self._pids.add(_peer_pid(client))
-        self._memory.control.note_guests(len(self._guests))
+        self._memory.control.note_guest(slot, _peer_pid(client))
         _tell(client, {"attached": {"guest": slot}})
         if slot in self._broken:
             self.broken(slot, self._broken.pop(slot))
@@ -257,7 +257,7 @@ class AttachServer:
         if self._over.is_set():
             _tell(client, self._last_word)
         self._free.append(slot)
-        self._memory.control.note_guests(len(self._guests))
+        self._memory.control.note_guest(slot, 0)
 
 
 def _peer_pid(sock: socket.socket) -> int:

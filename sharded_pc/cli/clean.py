@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
 from pathlib import Path
 
 from sharded_pc.errors import ExitCode
@@ -19,6 +17,9 @@ class Clean:
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--list", action="store_true", help="only say what is there")
         parser.add_argument("--kept", action="store_true", help="RAM left by --keep as well")
+        parser.add_argument(
+            "--resumable", action="store_true", help="what --resume could take up as well"
+        )
         parser.add_argument("--name", help="only this receiver")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -33,12 +34,15 @@ class Clean:
 
     def _one(self, found, args: argparse.Namespace) -> str:
         from sharded_pc import shm
+        from sharded_pc.succession import looks_resumable
 
         what = f"{found.name}: {len(found.files)} files, {found.size >> 20} MiB"
         if found.alive:
             return f"{what}, alive"
         if found.kept and not args.kept:
             return f"{what}, kept (remove with --kept)"
+        if looks_resumable(found.name) and not args.resumable:
+            return f"{what}, resumable (--resume takes it up; remove with --resumable)"
         if args.list:
             return f"{what}, dead"
         if shm.remove(found, lambda: _remove_paths(found.name)):
@@ -48,10 +52,9 @@ class Clean:
 
 def _remove_paths(name: str) -> None:
     """Its attach socket, if it stood in the usual place, and its temporary folder."""
-    from sharded_pc.settings import folder_prefix, runtime_path
+    from sharded_pc.settings import remove_folders, runtime_path
 
     socket = Path(runtime_path(name, "attach"))
     if socket.is_socket():
         socket.unlink()
-    for folder in Path(tempfile.gettempdir()).glob(f"{folder_prefix(name)}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    remove_folders(name)

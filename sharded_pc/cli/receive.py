@@ -30,11 +30,18 @@ def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that `receive` and `run` share."""
     parser.add_argument(
         "incoming",
+        nargs="?",
         metavar="INCOMING",
         help="tcp:HOST:PORT (0: any port), unix:PATH, fd:N, exec:COMMAND or file:PATH",
     )
     parser.add_argument(
         "--name", help="of this receiver and its shared memory (default: guest-PID)"
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="NAME",
+        help="take up the receiver NAME that died while its guest ran; with INCOMING a source may "
+        "come there if there is none",
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
     parser.add_argument(
@@ -84,10 +91,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
             "--reserve: with --placement copy memory is allocated page by page as it arrives; use "
             "--placement continue"
         )
-    name = args.name or f"guest-{os.getpid()}"
+    if args.incoming is None and args.resume is None:
+        raise UsageError(f"INCOMING is missing: {address.GRAMMAR}; or --resume NAME")
+    if args.resume is not None and args.name not in (None, args.resume):
+        raise UsageError(f"--resume {args.resume} and --name {args.name} are two receivers")
+    name = args.resume or args.name or f"guest-{os.getpid()}"
     return Settings(
-        incoming=address.parse(args.incoming),
+        incoming=None if args.incoming is None else address.parse(args.incoming),
         name=name,
+        resume=args.resume is not None,
         workers=args.workers,
         placement=None if args.placement == "auto" else Placement(args.placement),
         attach=args.attach or runtime_path(name, "attach"),
@@ -146,6 +158,9 @@ class Session:
         self.coordinator = Coordinator(settings, self._listening)
 
     def _listening(self, address: object) -> None:
+        if address is None:
+            print(f"receiver {self._settings.name} goes on", file=sys.stderr, flush=True)
+            return
         ready = isinstance(address, FileAddress | FdAddress | ExecAddress)
         print(f"{'reading from' if ready else 'listening on'} {address}", file=sys.stderr)
         print(f"guests attach at {self._settings.attach}", file=sys.stderr, flush=True)

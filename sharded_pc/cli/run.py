@@ -19,7 +19,10 @@ class Run:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_receiver_arguments(parser)
-        parser.usage = "sharded-pc run INCOMING [options] -- QEMU ARGS"
+        parser.usage = (
+            "sharded-pc run INCOMING [options] -- QEMU ARGS\n"
+            "       sharded-pc run --resume NAME [options]"
+        )
         parser.epilog = "QEMU ARGS: the destination's usual command line, program first."
         parser.set_defaults(qemu=[])
 
@@ -30,10 +33,13 @@ class Run:
 async def _run(args: argparse.Namespace) -> int:
     # The one JSON object has standard output for itself.
     stdout = sys.stderr.fileno() if args.json else None
-    settings = dataclasses.replace(settings_of(args), qemu=tuple(args.qemu), qemu_stdout=stdout)
+    settings = dataclasses.replace(
+        settings_of(args), runs=True, qemu=tuple(args.qemu), qemu_stdout=stdout
+    )
     from sharded_pc.qemu_args import check_arguments
 
-    check_arguments(settings.qemu)
+    if settings.qemu or settings.incoming is not None:
+        check_arguments(settings.qemu)
     session = Session(args, settings)
     return await session.run(_stay_with_guest)
 

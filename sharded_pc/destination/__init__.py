@@ -132,6 +132,11 @@ class QemuDestination:
             out.append((RamBlock(id_ or block.name, block.size), address))
         return out
 
+    async def adopt(self, pid: int, start: int) -> None:
+        """A QEMU of a receiver that died, whose guest runs; GuestLost if it is gone."""
+        self._process = QemuProcess.adopt(pid, start)
+        self.resumed = True
+
     # Resuming
 
     async def resume(self, machine: str, devices: bytes) -> None:
@@ -142,6 +147,7 @@ class QemuDestination:
         loading = self._load(machine, devices)
         await self._process.unless_exited(loading, LOAD_SECONDS, "take the device state")
         self.resumed = True
+        self._memory.control.note_destination(*self._process.identity())
 
     async def _load(self, machine: str, devices: bytes) -> None:
         """x-ignore-shared is put back before QEMU has its devices, so that there is no moment at

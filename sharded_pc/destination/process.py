@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 
 from qemu.qmp import QMPError
 
@@ -18,20 +19,26 @@ log = logging.getLogger(__name__)
 
 EXIT_SECONDS = 2.0
 """From QEMU's monitor closing to its exit code."""
+END_SECONDS = 5.0
+"""For a killed process to be gone."""
 
 
 class QemuProcess:
     """What the user's command line started, and the QEMU in it: a shell or `numactl` may stand in
-    front and live as long."""
+    front and live as long.  Or, adopted, the QEMU of a receiver that died."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+    def __init__(self, pid: int, exit_code: Awaitable[int] | None) -> None:
+        """`exit_code`: of our child `pid`; None: it is not our child."""
+        self.pid = pid
+        """what the user's command line started"""
+        self._is_child = exit_code is not None
         self._loop = asyncio.get_running_loop()
-        self._exit = asyncio.create_task(process.wait())
+        self._qemu_pid = pid
         self._qemu_pidfd = -1
         """of a QEMU that is not our child, so that no other process is ever meant"""
         self._ended: asyncio.Future[None] = self._loop.create_future()
         """QEMU itself"""
+        self._exit = asyncio.ensure_future(exit_code or self._unknown_exit())
         self._exit.add_done_callback(lambda _: self._qemu_pidfd < 0 and self._note_ended())
 
     @classmethod
@@ -40,25 +47,46 @@ class QemuProcess:
     ) -> QemuProcess:
         """HostError."""
         try:
-            return cls(
-                await asyncio.create_subprocess_exec(
-                    *arguments, env={**os.environ, **environment}, stdout=stdout
-                )
+            process = await asyncio.create_subprocess_exec(
+                *arguments, env={**os.environ, **environment}, stdout=stdout
             )
         except OSError as error:
             raise HostError(f"start QEMU {arguments[0]!r}: {error.strerror}") from error
+        return cls(process.pid, process.wait())
 
-    @property
-    def pid(self) -> int:
-        """What the user's command line started."""
-        return self._process.pid
+    @classmethod
+    def adopt(cls, pid: int, start: int) -> QemuProcess:
+        """The process that began at `start` (_start_time); GuestLost if it is gone."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            raise GuestLost(f"QEMU (pid {pid}) has ended while its receiver was away") from None
+        if _start_time(pid) != start:
+            os.close(pidfd)
+            raise GuestLost(f"QEMU (pid {pid}) has ended while its receiver was away")
+        process = cls(pid, None)
+        process._follow(pidfd)
+        return process
+
+    async def _unknown_exit(self) -> int:
+        """Only a parent is told the exit code."""
+        await asyncio.shield(self._ended)
+        return 0
+
+    def identity(self) -> tuple[int, int]:
+        """(pid, start time) of the QEMU itself, which nobody else will ever have."""
+        return self._qemu_pid, _start_time(self._qemu_pid)
 
     def found(self, pid: int) -> None:
         """The process that mapped the RAM, a child of the other or the same."""
-        if pid != self._process.pid and self._qemu_pidfd < 0:
+        self._qemu_pid = pid
+        if pid != self.pid and self._qemu_pidfd < 0:
             with contextlib.suppress(ProcessLookupError):
-                self._qemu_pidfd = os.pidfd_open(pid)
-                self._loop.add_reader(self._qemu_pidfd, self._note_ended)
+                self._follow(os.pidfd_open(pid))
+
+    def _follow(self, pidfd: int) -> None:
+        self._qemu_pidfd = pidfd
+        self._loop.add_reader(pidfd, self._note_ended)
 
     def _note_ended(self) -> None:
         if self._qemu_pidfd >= 0:
@@ -115,14 +143,16 @@ class QemuProcess:
         self._signal(signal.SIGTERM)
 
     async def end(self) -> None:
-        """No process afterwards.  Never raises."""
+        """No process afterwards, unless it may not be killed or is stuck in the kernel.  Never
+        raises."""
         self._signal(signal.SIGKILL)
         if self._qemu_pidfd >= 0:
+            await asyncio.wait({self._ended}, timeout=END_SECONDS)
             self._note_ended()
             os.close(self._qemu_pidfd)
             self._qemu_pidfd = -1
         self._signal(signal.SIGKILL)
-        await asyncio.gather(self._exit, return_exceptions=True)
+        await asyncio.wait({self._exit}, timeout=END_SECONDS)
 
     def _signal(self, number: signal.Signals) -> None:
         """Not by asyncio's process: its send_signal() may take the exit code from its watcher."""
@@ -130,7 +160,16 @@ class QemuProcess:
             try:
                 if self._qemu_pidfd >= 0 and not self._ended.done():
                     signal.pidfd_send_signal(self._qemu_pidfd, number)
-                elif not self._exit.done():
-                    os.kill(self._process.pid, number)
+                elif self._is_child and not self._exit.done():
+                    os.kill(self.pid, number)
             except PermissionError:  # `sudo -u` stands in front
                 log.warning("QEMU may not be signalled by this user; it is left running")
+
+
+def _start_time(pid: int) -> int:
+    """Clock ticks from boot to the process's start (proc(5), stat, starttime); 0 if it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(stat.rpartition(")")[2].split()[19])

@@ -29,6 +29,23 @@ int sp_control_check(const sp_control *c, size_t bytes)
     return 0;
 }
 
+/* Those who waited or wrote are dead. */
+void sp_control_take_over(sp_control *c, uint32_t owner)
+{
+    atomic_store(&c->owner, owner);
+    atomic_store(&c->back_lost, 1);
+    atomic_store(&c->back_writer, 0);
+    atomic_store(&c->requests.waiting, 0);
+    atomic_store(&c->n_guests, 0);
+    for (uint32_t i = 0; i < SP_MAX_GUESTS; i++)
+        atomic_store(&c->guests[i], 0);
+    for (uint32_t i = 0; i < c->n_shards; i++) {
+        atomic_store(&c->shards[i].work.waiting, 0);
+        atomic_store(&c->shards[i].space.waiting, 0);
+        atomic_store(&c->shards[i].failed, 0);
+    }
+}
+
 static bool same_name(const sp_block *b, const uint8_t *name, size_t len)
 {
     return strnlen(b->name, sizeof b->name) == len && memcmp(b->name, name, len) == 0;

@@ -96,7 +96,7 @@ typedef struct sp_control {
     uint64_t magic;
     uint64_t bytes;    /* of this segment */
     uint32_t n_shards;
-    uint32_t owner;    /* pid of the coordinator */
+    _Atomic uint32_t owner; /* pid of the coordinator; writer: coordinator, a successor's too */
     _Atomic uint32_t postcopy_state; /* PostcopyState; writer: coordinator, exchange */
     _Atomic uint32_t status;         /* index into state.MigrationStatus; writer: coordinator */
     _Atomic uint32_t n_guests;       /* attached now; writer: coordinator */
@@ -113,6 +113,11 @@ typedef struct sp_control {
      * again (return_path.h), so nobody needs to queue it.  Writer: coordinator; seq_cst, for it forms
      * a Dekker pair with `requested`. */
     _Atomic uint32_t back_lost;
+    /* What a coordinator's successor needs (resume.py).  Writer: coordinator. */
+    _Atomic uint32_t ram_section;       /* number of the stream's RAM section + 1, 0: not known */
+    _Atomic uint32_t destination;       /* pid of the QEMU whose guest runs here, 0: none */
+    _Atomic uint32_t guests[SP_MAX_GUESTS]; /* pids of those attached, by slot, 0: none */
+    _Atomic uint64_t destination_start; /* when it began (proc(5), stat, starttime) */
     alignas(64) sp_totals totals;
     sp_block blocks[SP_MAX_BLOCKS];
     alignas(64) sp_shard shards[];
@@ -123,6 +128,8 @@ size_t sp_control_bytes(uint32_t n_shards);
 void sp_control_init(sp_control *c, uint32_t n_shards, uint32_t owner);
 /* 0, or -EPROTO if these `bytes` are not a control segment of this version. */
 int sp_control_check(const sp_control *c, size_t bytes);
+/* A coordinator takes a dead one's segment over; nobody else may be using it. */
+void sp_control_take_over(sp_control *c, uint32_t owner);
 /* Appends a block before sp_control_publish; returns its index or -errno (E2BIG, EINVAL, EEXIST). */
 int sp_control_add_block(sp_control *c, uint32_t index, const char *name, uint64_t bytes);
 /* Before sp_control_publish: how pages become visible, and why that way. */

@@ -187,12 +187,39 @@ class Control:
         """There is no way back to the source, until a return path is armed."""
         lib.sp_note_back_lost(self.raw)
 
+    @property
+    def ram_section(self) -> int | None:
+        """The number of the stream's RAM section, None before it was said."""
+        return self.view.ram_section - 1 if self.view.ram_section else None
+
+    def note_ram_section(self, number: int) -> None:
+        lib.sp_note_ram_section(self.raw, number)
+
+    @property
+    def destination(self) -> tuple[int, int] | None:
+        """(pid, start time in clock ticks since boot) of the QEMU whose guest runs here."""
+        view = self.view
+        return (view.destination, view.destination_start) if view.destination else None
+
+    def note_destination(self, pid: int, start: int) -> None:
+        lib.sp_note_destination(self.raw, pid, start)
+
+    def take_over(self, owner: int) -> None:
+        """A dead coordinator's segment, whose workers are dead too, becomes the `owner`'s."""
+        lib.sp_control_take_over(self.raw, owner)
+
     def take_back_writer(self, shard: int) -> None:
         """A shard's worker is dead: the return path does not wait for what it was writing."""
         lib.sp_rp_take_back(self.raw, shard)
 
-    def note_guests(self, count: int) -> None:
-        lib.sp_note_guests(self.raw, count)
+    def note_guest(self, slot: int, pid: int) -> None:
+        """The process that is attached there; 0: it has left."""
+        lib.sp_note_guest(self.raw, slot, pid)
+
+    @property
+    def guest_pids(self) -> frozenset[int]:
+        """Processes that are attached."""
+        return frozenset(pid for pid in self.view.guests if pid)
 
     def note_transferred(self, total: int) -> None:
         lib.sp_add_transferred(self.raw, total)

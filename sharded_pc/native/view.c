@@ -11,7 +11,12 @@ void sp_view_control(sp_control *c, sp_control_view *v)
 {
     v->bytes = c->bytes;
     v->n_shards = c->n_shards;
-    v->owner = c->owner;
+    COPY(c, owner);
+    COPY(c, ram_section);
+    COPY(c, destination);
+    COPY(c, destination_start);
+    for (uint32_t i = 0; i < SP_MAX_GUESTS; i++)
+        v->guests[i] = LOOK(c->guests[i]);
     v->placement = c->placement;
     memcpy(v->placement_reason, c->placement_reason, sizeof v->placement_reason);
     v->postcopy_state = atomic_load(&c->postcopy_state);
@@ -110,14 +115,26 @@ void sp_note_shard(sp_control *c, uint32_t index, uint32_t pid)
     atomic_store(&c->shards[index].pid, pid);
 }
 
-void sp_note_guests(sp_control *c, uint32_t n)
+void sp_note_guest(sp_control *c, uint32_t slot, uint32_t pid)
 {
-    atomic_store(&c->n_guests, n);
+    uint32_t before = atomic_exchange(&c->guests[slot], pid);
+    atomic_fetch_add(&c->n_guests, (uint32_t)(pid != 0) - (uint32_t)(before != 0));
 }
 
 void sp_note_back_lost(sp_control *c)
 {
     atomic_store(&c->back_lost, 1);
+}
+
+void sp_note_ram_section(sp_control *c, uint32_t number)
+{
+    atomic_store(&c->ram_section, number + 1);
+}
+
+void sp_note_destination(sp_control *c, uint32_t pid, uint64_t start)
+{
+    atomic_store(&c->destination_start, start);
+    atomic_store(&c->destination, pid);
 }
 
 void sp_add_transferred(sp_control *c, uint64_t total)

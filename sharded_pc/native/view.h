@@ -8,6 +8,9 @@
 typedef struct sp_control_view {
     uint64_t bytes, n_bits, stripe_pages;
     uint32_t n_shards, owner, postcopy_state, status, n_guests, n_blocks, placement;
+    uint32_t ram_section, destination;
+    uint64_t destination_start;
+    uint32_t guests[SP_MAX_GUESTS];
     char placement_reason[160];
 } sp_control_view;
 
@@ -41,8 +44,10 @@ int sp_view_shard_of(sp_control *c, uint32_t block, uint64_t page);
 /* What the coordinator's Python notes down. */
 void sp_note_time(sp_control *c, int what);
 void sp_note_shard(sp_control *c, uint32_t index, uint32_t pid);
-void sp_note_guests(sp_control *c, uint32_t n);
+void sp_note_guest(sp_control *c, uint32_t slot, uint32_t pid); /* 0: it has left */
 void sp_note_back_lost(sp_control *c);
+void sp_note_ram_section(sp_control *c, uint32_t number);
+void sp_note_destination(sp_control *c, uint32_t pid, uint64_t start);
 void sp_add_transferred(sp_control *c, uint64_t total);
 
 /* The oldest page request of a shard's guests, waiting at most timeout_ms; 1, or 0: there is none.
