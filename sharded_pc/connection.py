@@ -7,6 +7,7 @@ or a pause; the memory, its guests and the migration outlive it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import stat
@@ -18,8 +19,10 @@ from sharded_pc.incoming import Incoming, Receiver
 from sharded_pc.loop_calls import from_stream
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.return_path import ReturnPath
+from sharded_pc.state import PostcopyState
 from sharded_pc.transport.candidates import second_channel
 from sharded_pc.transport.incoming import Listener, Wire
+from sharded_pc.wire import return_path
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +62,22 @@ class Connection:
         try:
             await asyncio.to_thread(incoming.run)
         except ShardedPcError:
+            self._tell_failure()
             if self.ending.trouble is not None:
                 raise self.ending.trouble from None
             raise
         finally:
             await self._end_return_path()
 
+    def _tell_failure(self) -> None:
+        """A source that has stopped its guest learns that it does not run here, and may go on with
+        it.  Never once it has run: then it would run twice."""
+        if self._memory.control.postcopy_state is PostcopyState.LISTENING:
+            with contextlib.suppress(RemoteProtocolError):
+                self.post(return_path.shut(1))
+
     def hang_up(self) -> None:
-        """The peer sees the end of the wire now, whoever else has it open."""
+        """The peer sees the end of the wire now: workers keep it open until they get another."""
         self._wire.hang_up()
 
     def close(self) -> None:

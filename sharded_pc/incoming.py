@@ -162,10 +162,9 @@ class Incoming:
         where, broken_by = self._stream.offset, self._stream.broken_by
         lost = "the connection to the source was lost" + (f" ({broken_by})" if broken_by else "")
         if listening(self.state):
-            return ConnectionLost(
-                f"{lost} at stream offset {where} in postcopy state {self.state.name}: "
-                f"{self._missing()} pages are still there"
-            )
+            text = f"{lost} at stream offset {where} in postcopy state {self.state.name}: "
+            text += f"{self._missing()} pages are still there"
+            return ConnectionLost(text + ("" if self.state is PostcopyState.RUNNING else NOT_YET))
         if broken_by:
             return StreamEnded(lost, offset=where, state=self.state.name)
         return StreamEnded(
@@ -414,6 +413,12 @@ class Incoming:
         self._control.status = status
         self._receiver.status_changed(status)
 
+
+NOT_YET = (
+    "; the guest had not begun to run here: a source from QEMU 10.2 on goes on with it, an older "
+    "one keeps it stopped"
+)
+"""What it means to lose the source between the package and the destination's first instruction."""
 
 _RECORDS = object()
 """A parser's wish: let the C core read RAM records."""

@@ -109,13 +109,17 @@ class Migration:
                 await connection.receive(self, record_fd)
                 return
             except PAUSES as error:
+                connection.hang_up()
                 if self._ending.is_over or not self._can_pause():
                     raise
                 self._pause(error)
+            except ShardedPcError:
+                connection.hang_up()
+                raise
             finally:
                 self._connection = None
                 record_fd = -1  # a recording is one stream
-                self._leave(connection)
+                connection.close()
             connection = await self._recovered()
 
     # Pause and recovery
@@ -132,12 +136,6 @@ class Migration:
             "paused: %s; the guest goes on, and waits for %d missing pages: say migrate-recover at "
             "the control socket, then migrate with resume at the source", error, missing,
         )  # fmt: skip
-
-    def _leave(self, connection: Connection) -> None:
-        """Workers keep the wire open until they get the next one."""
-        if self.paused_by is not None:
-            connection.hang_up()
-        connection.close()
 
     async def _recovered(self) -> Connection:
         try:

@@ -94,7 +94,8 @@ def pair(
     guest.front = front
     with QemuVm(folder, "src", binary=binary, **both) as source:
         source.wait_serial("F")
-        with Runner(folder, name, guest, *options) as runner:
+        control = "--control" not in options
+        with Runner(folder, name, guest, *options, control=control) as runner:
             yield Pair(source, runner, guest)
 
 
