@@ -151,7 +151,9 @@ class Session:
 
     def __init__(self, args: argparse.Namespace, settings: Settings) -> None:
         from sharded_pc.coordinator import Coordinator
+        from sharded_pc.transport.systemd import ServiceManager
 
+        self._manager = ServiceManager()
         self._args = args
         self._settings = settings
         self.signals = Signals()
@@ -159,8 +161,11 @@ class Session:
 
     def _listening(self, address: object) -> None:
         if address is None:
-            print(f"receiver {self._settings.name} goes on", file=sys.stderr, flush=True)
+            what = f"receiver {self._settings.name} goes on"
+            print(what, file=sys.stderr, flush=True)
+            self._manager.ready(what)
             return
+        self._manager.ready(f"awaits a source at {address}")
         ready = isinstance(address, FileAddress | FdAddress | ExecAddress)
         print(f"{'reading from' if ready else 'listening on'} {address}", file=sys.stderr)
         print(f"guests attach at {self._settings.attach}", file=sys.stderr, flush=True)
@@ -172,7 +177,7 @@ class Session:
         """Receives; then `afterwards(session)` gives the exit code of a migration that has
         completed."""
         try:
-            async with self.coordinator:
+            async with self._manager, self.coordinator:
                 self.signals.call(self.coordinator.quit)
                 info = await self._outcome()
                 self._report(info)
