@@ -6,7 +6,20 @@ import dataclasses
 
 from sharded_pc.errors import UsageError
 
-GRAMMAR = "tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH[,offset=BYTES]"
+GRAMMAR = (
+    "tcp:HOST:PORT[,keep-alive=on|off], unix:PATH, fd:N, exec:COMMAND or file:PATH[,offset=BYTES]"
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KeepAlive:
+    """Whether and how the kernel asks a quiet peer if it still lives; None: the receiver's own
+    choice (transport/liveness.py).  Seconds."""
+
+    on: bool = True
+    idle: int | None = None
+    interval: int | None = None
+    count: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -15,6 +28,7 @@ class TcpAddress:
 
     host: str
     port: int
+    keep_alive: KeepAlive = KeepAlive()
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -68,7 +82,8 @@ def _is_number(text: str, most_digits: int) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= most_digits
 
 
-def _tcp(rest: str) -> TcpAddress:
+def _tcp(text: str) -> TcpAddress:
+    rest, *options = text.split(",")
     host, colon, port = rest.rpartition(":")
     if not colon or not _is_number(port, 5) or int(port) > 65535:
         raise UsageError(f"tcp address {rest!r}: expected HOST:PORT, as in tcp:0.0.0.0:4444")
@@ -78,7 +93,32 @@ def _tcp(rest: str) -> TcpAddress:
         raise UsageError(
             f"tcp address {rest!r}: put the IPv6 host in brackets, tcp:[{host}]:{port}"
         )
-    return TcpAddress(host, int(port))
+    return TcpAddress(host, int(port), _keep_alive(options))
+
+
+_NUMBERS = {
+    "keep-alive-idle": "idle",
+    "keep-alive-interval": "interval",
+    "keep-alive-count": "count",
+}
+"""Options of a tcp address since QEMU 10.1, each a positive number."""
+_SWITCH = {"keep-alive": True, "keep-alive=on": True, "keep-alive=off": False}
+
+
+def _keep_alive(options: list[str]) -> KeepAlive:
+    """As far as QEMU's socket options (qapi/sockets.json, InetSocketAddress) are about a peer that
+    vanishes."""
+    on, numbers = True, {}
+    for option in options:
+        name, _, value = option.partition("=")
+        if option in _SWITCH:
+            on = _SWITCH[option]
+        elif name in _NUMBERS and _is_number(value, 5) and int(value) > 0:
+            numbers[_NUMBERS[name]] = int(value)
+        else:
+            known = ", ".join((*_SWITCH, *(f"{name}=N" for name in _NUMBERS)))
+            raise UsageError(f"option {option!r} of a tcp address: expected one of {known}")
+    return KeepAlive(on, **numbers)
 
 
 def _unix(rest: str) -> UnixAddress:

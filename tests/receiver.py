@@ -48,9 +48,8 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        """The lines on stderr that report an error, and not a warning."""
-        lines = [line for line in self.stderr.splitlines() if line.startswith("sharded-pc: ")]
-        return [line for line in lines if not line.startswith("sharded-pc: WARNING: ")]
+        """The lines on stderr that report an error."""
+        return [line for line in self.stderr.splitlines() if line.startswith("sharded-pc: ")]
 
 
 PLACEMENT: tuple[str, ...] = ()

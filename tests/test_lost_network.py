@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from sharded_pc import address
 from sharded_pc.transport import liveness
 from tests.lost_network import PHASES
 
@@ -42,3 +44,28 @@ def test_the_limits_are_some_tens_of_seconds():
     probing = liveness.KEEP_COUNT * liveness.KEEP_INTERVAL_SECONDS
     assert 20 <= liveness.KEEP_IDLE_SECONDS + probing <= 90
     assert 20 <= liveness.USER_TIMEOUT_SECONDS <= 90
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", (1, liveness.KEEP_IDLE_SECONDS, liveness.KEEP_INTERVAL_SECONDS,
+              liveness.KEEP_COUNT, liveness.USER_TIMEOUT_SECONDS * 1000)),
+        (",keep-alive-idle=5,keep-alive-interval=2,keep-alive-count=4", (1, 5, 2, 4, 13000)),
+        (",keep-alive=off", (0, None, None, None, 0)),
+    ],
+)  # fmt: skip
+def test_options_of_the_address(text, expected):
+    """QEMU's, as far as they are about this."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        with socket.create_connection((host, port)) as sock:
+            where = address.parse(f"tcp:{host}:{port}{text}")
+            before = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            liveness.watch_peer(sock, where.keep_alive)
+            on = sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT,
+                       socket.TCP_USER_TIMEOUT)  # fmt: skip
+            found = [sock.getsockopt(socket.IPPROTO_TCP, option) for option in options]
+            assert (on, found[3]) == (expected[0], expected[4])
+            assert found[:3] == list(expected[1:4]) if expected[1] else found[0] == before

@@ -149,7 +149,7 @@ def test_a_good_end(tmp_path, unique_name, kind):
 # --- asked for what makes no sense: 2; for what this host does not have: 3 ---
 
 USAGE = {
-    "no address": ([], "the following arguments are required: INCOMING"),
+    "no address": ([], "INCOMING is missing: tcp:HOST:PORT"),
     "unknown address": (["smtp:x"], "address 'smtp:x': expected tcp:HOST:PORT"),
     "empty address": ([""], "address '': expected tcp:HOST:PORT"),
     "no port": (["tcp:localhost"], "expected HOST:PORT"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import os
 import signal
@@ -40,10 +41,10 @@ _STREAM = (socket.AF_UNIX, socket.SOCK_STREAM)
 """What shutdown(2) does not ask about."""
 
 
-def _from_socket(sock: socket.socket) -> Wire:
+def _from_socket(sock: socket.socket, keep_alive: addr.KeepAlive) -> Wire:
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        watch_peer(sock)
+        watch_peer(sock, keep_alive)
     sock.setblocking(False)
     return Wire(sock.fileno(), sock.fileno(), sock.close)
 
@@ -83,7 +84,8 @@ class _SocketListener(Listener):
         self._path = path
 
     async def accept(self) -> Wire:
-        return _from_socket(await self._candidates.source())
+        keep_alive = getattr(self.address, "keep_alive", addr.KeepAlive())
+        return _from_socket(await self._candidates.source(), keep_alive)
 
     async def second_channel(self) -> None:
         await self._candidates.second()
@@ -133,7 +135,7 @@ def _tcp(where: addr.TcpAddress, wanted: bytes) -> Listener:
         sock.close()
         raise
     sock.setblocking(False)
-    return _SocketListener(addr.TcpAddress(where.host, sock.getsockname()[1]), sock, wanted)
+    return _SocketListener(dataclasses.replace(where, port=sock.getsockname()[1]), sock, wanted)
 
 
 def bind_unix(path: str) -> socket.socket:
@@ -178,7 +180,7 @@ def _fd(where: addr.FdAddress, wanted: bytes) -> Listener:
     except OSError:
         raise UsageError(f"{where}: descriptor {where.fd} is not open in this process") from None
     if stat.S_ISSOCK(mode):
-        return _ReadyListener(where, _from_socket(socket.socket(fileno=where.fd)))
+        return _ReadyListener(where, _from_socket(socket.socket(fileno=where.fd), addr.KeepAlive()))
     return _ReadyListener(where, Wire(where.fd, -1, lambda: os.close(where.fd)))
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import socket
 
+from sharded_pc.address import KeepAlive
+
 KEEP_IDLE_SECONDS = 30
 """Quiet for so long: ask whether the peer still lives."""
 KEEP_INTERVAL_SECONDS = 10
@@ -17,13 +19,19 @@ USER_TIMEOUT_SECONDS = 60
 """So is one that does not acknowledge what was sent."""
 
 
-def watch_peer(sock: socket.socket) -> None:
+def watch_peer(sock: socket.socket, wanted: KeepAlive) -> None:
     """Has the kernel find out; reading fails with ETIMEDOUT then, or with what routers said."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, wanted.on)
+    if not wanted.on:
+        return
+    idle = wanted.idle or KEEP_IDLE_SECONDS
+    interval, count = wanted.interval or KEEP_INTERVAL_SECONDS, wanted.count or KEEP_COUNT
+    chosen = wanted != KeepAlive()
+    lost = idle + interval * count if chosen else USER_TIMEOUT_SECONDS
     for option, value in (
-        (socket.TCP_KEEPIDLE, KEEP_IDLE_SECONDS),
-        (socket.TCP_KEEPINTVL, KEEP_INTERVAL_SECONDS),
-        (socket.TCP_KEEPCNT, KEEP_COUNT),
-        (socket.TCP_USER_TIMEOUT, USER_TIMEOUT_SECONDS * 1000),
+        (socket.TCP_KEEPIDLE, idle),
+        (socket.TCP_KEEPINTVL, interval),
+        (socket.TCP_KEEPCNT, count),
+        (socket.TCP_USER_TIMEOUT, lost * 1000),
     ):
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
