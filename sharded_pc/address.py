@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 
 from sharded_pc.errors import UsageError
 
+MAX_PATH_BYTES = 107
+"""Of a Unix socket: sun_path has 108, with the NUL (unix(7))."""
 GRAMMAR = (
     "tcp:HOST:PORT[,keep-alive=on|off], unix:PATH, fd:N, exec:COMMAND or file:PATH[,offset=BYTES]"
 )
@@ -77,6 +80,12 @@ class FileAddress:
 Address = TcpAddress | UnixAddress | FdAddress | ExecAddress | FileAddress
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a numeric address is reached from this host only."""
+    address = ipaddress.ip_address(host)
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
 def _is_number(text: str, most_digits: int) -> bool:
     """Plain ASCII digits, few enough for what they count."""
     return text.isascii() and text.isdigit() and len(text) <= most_digits
@@ -124,8 +133,10 @@ def _keep_alive(options: list[str]) -> KeepAlive:
 def _unix(rest: str) -> UnixAddress:
     if not rest:
         raise UsageError("unix address without a path: expected unix:PATH")
-    if len(rest.encode("utf-8", "surrogateescape")) > 107:
-        raise UsageError(f"unix address {rest!r}: a socket's path has at most 107 bytes")
+    if len(rest.encode("utf-8", "surrogateescape")) > MAX_PATH_BYTES:
+        raise UsageError(
+            f"unix address {rest!r}: a socket's path has at most {MAX_PATH_BYTES} bytes"
+        )
     return UnixAddress(rest)
 
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sharded_pc import host
+from sharded_pc import host, runtime_folder
 from sharded_pc.address import Address, parse
 from sharded_pc.attach.server import AttachServer
 from sharded_pc.connection import Connection
@@ -36,7 +34,7 @@ from sharded_pc.native.guests import Guests
 from sharded_pc.observe.qmp import Command, QmpServer
 from sharded_pc.observe.status import is_over, is_paused, migration_info
 from sharded_pc.populate import Populator
-from sharded_pc.settings import Settings, folder_prefix, remove_folders
+from sharded_pc.settings import Settings
 from sharded_pc.shards import Shards
 from sharded_pc.state import MigrationStatus
 from sharded_pc.succession import NothingToResume, take_over
@@ -111,6 +109,7 @@ class Coordinator:
         if not self.resumes:
             self.memory = GuestMemory.create(settings.name, settings.workers)
         callback(self._leave_memory)
+        self._make_folder()
         self._guests = Guests(self.memory.control)
         callback(self._guests.close)
         populator = Populator(self.memory)
@@ -145,7 +144,6 @@ class Coordinator:
             self.memory.close()
             word = "receive" if destination is None else "run"
             raise UsageError(f"receiver {name!r} was a `{word}`: sharded-pc {word} --resume {name}")
-        self._exit.callback(remove_folders, name)  # of the dead one
         return True
 
     def _expect_source(self) -> None:
@@ -157,6 +155,14 @@ class Coordinator:
             _check_destination(settings.qemu)
         self._listener = listen(settings.incoming)
         self._exit.callback(self._listener.close)
+
+    def _make_folder(self) -> None:
+        """While the name is ours: no other receiver that lives uses the folder."""
+        name = self.settings.name
+        if self.resumes:
+            self._exit.callback(runtime_folder.clean, name)  # what the dead one left
+        if self.settings.needs_folder:
+            self._exit.callback(runtime_folder.remove, runtime_folder.make(name))
 
     async def _start_shards(self) -> None:
         count = self.memory.control.view.n_shards
@@ -202,11 +208,15 @@ class Coordinator:
         from sharded_pc.destination import QemuDestination  # needs a QMP client, `receive` does not
 
         assert settings.attach is not None and attach is not None
-        folder = Path(tempfile.mkdtemp(prefix=folder_prefix(settings.name)))
-        self._exit.callback(shutil.rmtree, folder, ignore_errors=True)
+        monitor, stream = (
+            Path(runtime_folder.runtime_path(settings.name, what))
+            for what in (runtime_folder.MONITOR, runtime_folder.STREAM)
+        )
+        for path in (monitor, stream):  # a QEMU that is killed leaves them
+            self._exit.callback(path.unlink, missing_ok=True)
         destination = QemuDestination(
-            settings.qemu, self.memory, folder, settings.attach, self.migration.ask_again,
-            attach.guest_of, settings.qemu_stdout,
+            settings.qemu, self.memory, (monitor, stream), settings.attach,
+            self.migration.ask_again, attach.guest_of, settings.qemu_stdout,
         )  # fmt: skip
         self._exit.push_async_callback(destination.end)
         self.migration.destination = destination

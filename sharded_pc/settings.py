@@ -1,33 +1,14 @@
-"""What a receiver is told, and how what it makes is called."""
+"""What a receiver is told."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
+from sharded_pc import runtime_folder
 from sharded_pc.address import Address
 from sharded_pc.attach.server import STEP_SECONDS
 from sharded_pc.geometry import Placement
-
-
-def runtime_path(name: str, what: str) -> str:
-    """Where a receiver's socket stands unless the user says otherwise."""
-    folder = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"
-    return str(Path(folder) / f"sharded-pc-{name}.{what}")
-
-
-def folder_prefix(name: str) -> str:
-    """How a receiver's temporary folder is called, so that `clean` can tell whose it was."""
-    return f"sharded-pc.{name}."
-
-
-def remove_folders(name: str) -> None:
-    """A dead receiver's temporary folders."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{folder_prefix(name)}*"):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,3 +43,16 @@ class Settings:
     """command line of a destination to resume; (): none"""
     qemu_stdout: int | None = None
     """descriptor that its standard output goes to; None: ours"""
+
+    @property
+    def needs_folder(self) -> bool:
+        """Some socket stands in the runtime folder."""
+        own = runtime_folder.places(self.name)[0]
+        return (
+            self.runs
+            or bool(self.qemu)
+            or any(
+                path is not None and Path(path).parent == own
+                for path in (self.attach, self.control)
+            )
+        )

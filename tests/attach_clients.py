@@ -98,6 +98,11 @@ def flood(client: Client) -> None:
         socket.send_fds(client.sock, [b"["], [client.sock.fileno()] * fds.MAX_FDS)
 
 
+def early(client: Client) -> None:
+    """A good greeting with a descriptor, which would have to be held until a source comes."""
+    client.say(protocol.attach(), [client.sock.fileno()])
+
+
 Table = dict[str, tuple[Callable[[Client], None], str]]
 GREETINGS: Table = {
     "rubbish": (greeting(b"\xff\0rubbish"), "not JSON"),
@@ -113,6 +118,7 @@ GREETINGS: Table = {
     "no modes": (attach_with(modes=[]), r"attach modes \[\], expected a list with 'missing'"),
     "unknown modes": (attach_with(modes=["minor", ["x"]]), "attach modes"),
     "modes that are none": (attach_with(modes="missing"), "attach modes 'missing'"),
+    "an early descriptor": (early, "1 descriptors came before they were asked for"),
     "too many descriptors": (flood, "more descriptors than this process can take"),
 }
 

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sharded_pc import runtime_folder
 from tests.control import Control
 from tests.qemu import WaitTimeout, wait_until
 
@@ -100,12 +102,19 @@ class Receiver:
 
     def command(self, *more: str) -> list[str]:
         """The whole command line, with ``more`` options (``--status-fd``)."""
-        ours = ["--name", self.name, "--attach", str(self.attach_path), "--json", "--no-progress"]
+        ours = ["--name", self.name, *self.socket_options(), "--json", "--no-progress"]
         python = [*self.program, self.word, self.incoming]
         return [*self._prefix, *python, *ours, *self._options, *more, *self.behind_options()]
 
+    def socket_options(self) -> list[str]:
+        return ["--attach", str(self.attach_path)]
+
     def behind_options(self) -> list[str]:
         return []
+
+    def runtime_folder(self) -> Path:
+        """Where sockets stand that have no path of their own."""
+        return runtime_folder.places(self.name)[0]
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, MARK: self.name}
@@ -236,6 +245,8 @@ class Receiver:
             raise self.error(f"{error}: {describe(self.processes())}") from None
         if sockets := [p for p in self._sockets() if p.exists()]:
             raise self.error(f"left sockets {sockets}")
+        if self.runtime_folder().exists():
+            raise self.error(f"left {self.runtime_folder()}")
         kept = self.keep and outcome.info and outcome.info["status"] == "completed"
         allowed = self._kept_segments(outcome.info) if kept else []
         if self.segments() != allowed:
@@ -253,12 +264,19 @@ class Receiver:
         command = [sys.executable, "-m", "sharded_pc", "clean", "--kept", "--resumable"]
         command += ["--name", self.name]
         if self.segments():
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=START_S)
+            subprocess.run(
+                command,
+                check=True,
+                stdout=subprocess.DEVNULL,
+                timeout=START_S,
+                env=self.environment(),
+            )
 
     def _remove_leftovers(self) -> None:
         """After a failed test, so that the next one starts afresh."""
         for path in [*(SHM / name for name in self.segments()), *self._sockets()]:
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.runtime_folder(), ignore_errors=True)
 
     def _path(self, suffix: str) -> Path:
         return self.folder / f"{self.name}.{suffix}"

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import socket
-import struct
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -18,12 +17,16 @@ from sharded_pc.geometry import Geometry
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.control import MAX_GUESTS
 from sharded_pc.transport import fds
-from sharded_pc.transport.accepting import Acceptor
+from sharded_pc.transport.accepting import TrustedAcceptor
 from sharded_pc.transport.incoming import bind_unix
+from sharded_pc.transport.peers import peer_of
 
 log = logging.getLogger(__name__)
 
 STEP_SECONDS = 10.0
+MAX_CLIENTS = 4 * MAX_GUESTS
+"""At a time: guests, and others in the hand-over, whose silence ends after `step_seconds`.  More
+wait in the queue, so that they cannot take all descriptors."""
 EVENTS = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
 """UFFD_FEATURE_EVENT_FORK, REMAP, REMOVE, UNMAP: a fork's event installs a descriptor in whoever
 reads it, and a pending one stops every placement."""
@@ -66,6 +69,7 @@ class AttachServer:
         self._free = list(range(MAX_GUESTS))
         self._admission = asyncio.Lock()
         """of the workers' learning of a guest: nothing ends in the middle of it"""
+        self._room = asyncio.Semaphore(MAX_CLIENTS)
         self._clients: set[asyncio.Task] = set()
         self._accepting = asyncio.create_task(self._accept())
 
@@ -127,11 +131,16 @@ class AttachServer:
             os.unlink(self.path)
 
     async def _accept(self) -> None:
-        acceptor = Acceptor(self._sock)
+        acceptor = TrustedAcceptor(self._sock)
         while True:
+            await self._room.acquire()
             task = asyncio.create_task(self._serve(await acceptor.accept()))
             self._clients.add(task)
-            task.add_done_callback(self._clients.discard)
+            task.add_done_callback(self._leave)
+
+    def _leave(self, task: asyncio.Task) -> None:
+        self._clients.discard(task)
+        self._room.release()
 
     async def _serve(self, client: socket.socket) -> None:
         inbox = fds.Inbox()
@@ -148,6 +157,8 @@ class AttachServer:
 
     async def _talk(self, client: socket.socket, inbox: fds.Inbox) -> None:
         modes = protocol.check_attach(await self._message(client, inbox))
+        if inbox.fds:  # they would be held until a source comes
+            raise AttachError(f"{len(inbox.fds)} descriptors came before they were asked for")
         gone = asyncio.create_task(_end_of(client))
         try:
             if not await _first(self._geometry.wait(), gone):
@@ -163,7 +174,7 @@ class AttachServer:
         fds.send(client, offer, [block.fd for block in self._memory.blocks])
         addresses = protocol.check_mappings(await self._message(client, inbox), ram)
         if over:
-            self._pids.add(_peer_pid(client))
+            self._pids.add(peer_of(client).pid)
             _tell(client, {"attached": {"guest": -1}})
             _tell(client, self._last_word)
             return
@@ -213,7 +224,7 @@ class AttachServer:
                     f"{ram.shards} shards"
                 )
             _check_uffds(uffds)
-            check_mapped(_peer_pid(client), self._memory.blocks, addresses)
+            check_mapped(peer_of(client).pid, self._memory.blocks, addresses)
             if not self._free:
                 raise AttachError(f"{MAX_GUESTS} guests are attached already; close one first")
             slot = self._free.pop(0)
@@ -228,8 +239,8 @@ class AttachServer:
             for fd in uffds:
                 os.close(fd)
         self._guests[slot] = client
-        self._pids.add(_peer_pid(client))
-        self._memory.control.note_guest(slot, _peer_pid(client))
+        self._pids.add(peer_of(client).pid)
+        self._memory.control.note_guest(slot, peer_of(client).pid)
         _tell(client, {"attached": {"guest": slot}})
         if slot in self._broken:
             self.broken(slot, self._broken.pop(slot))
@@ -258,11 +269,6 @@ class AttachServer:
             _tell(client, self._last_word)
         self._free.append(slot)
         self._memory.control.note_guest(slot, 0)
-
-
-def _peer_pid(sock: socket.socket) -> int:
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return struct.unpack("3i", raw)[0]
 
 
 def _ancestry(pid: int) -> Iterator[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from sharded_pc.errors import ExitCode
 
@@ -33,7 +32,7 @@ class Clean:
         return int(ExitCode.COMPLETED)
 
     def _one(self, found, args: argparse.Namespace) -> str:
-        from sharded_pc import shm
+        from sharded_pc import runtime_folder, shm
         from sharded_pc.succession import looks_resumable
 
         what = f"{found.name}: {len(found.files)} files, {found.size >> 20} MiB"
@@ -45,16 +44,6 @@ class Clean:
             return f"{what}, resumable (--resume takes it up; remove with --resumable)"
         if args.list:
             return f"{what}, dead"
-        if shm.remove(found, lambda: _remove_paths(found.name)):
+        if shm.remove(found, lambda: runtime_folder.clean(found.name)):
             return f"{what}, removed"
         return f"{what}, left alone: it has changed meanwhile"
-
-
-def _remove_paths(name: str) -> None:
-    """Its attach socket, if it stood in the usual place, and its temporary folder."""
-    from sharded_pc.settings import remove_folders, runtime_path
-
-    socket = Path(runtime_path(name, "attach"))
-    if socket.is_socket():
-        socket.unlink()
-    remove_folders(name)

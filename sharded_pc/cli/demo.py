@@ -7,8 +7,6 @@ import asyncio
 import os
 import socket
 import sys
-import tempfile
-from pathlib import Path
 
 from sharded_pc import processes
 from sharded_pc.cli.receive import Signals
@@ -42,9 +40,7 @@ class Demo:
     def run(self, args: argparse.Namespace) -> int:
         if args.size < 16 << 20:
             raise UsageError("--size: at least 16M, so that there is something to see")
-        prefix = f"sharded-pc.demo-{os.getpid()}."  # as `clean` looks for it
-        with tempfile.TemporaryDirectory(prefix=prefix) as folder:
-            return asyncio.run(_demo(args, Path(folder)))
+        return asyncio.run(_demo(args))
 
 
 def _oracle(size: int):
@@ -107,13 +103,14 @@ class _Child:
         self.process.join()
 
 
-async def _demo(args: argparse.Namespace, folder: Path) -> int:
+async def _demo(args: argparse.Namespace) -> int:
     from sharded_pc.address import UnixAddress
     from sharded_pc.coordinator import Coordinator, Settings
     from sharded_pc.observe.progress import Progress, summary
+    from sharded_pc.runtime_folder import ATTACH, MIGRATION, runtime_path
 
-    stream, attach = str(folder / "migration"), str(folder / "attach")
     name = f"demo-{os.getpid()}"
+    stream, attach = runtime_path(name, MIGRATION), runtime_path(name, ATTACH)
     settings = Settings(
         incoming=UnixAddress(stream), name=name, workers=args.workers, attach=attach
     )

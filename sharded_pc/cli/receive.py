@@ -50,8 +50,14 @@ def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="how pages become visible: UFFDIO_COPY, UFFDIO_CONTINUE, or what this host does best",
     )
-    parser.add_argument("--attach", metavar="PATH", help="socket where guests attach")
-    parser.add_argument("--control", metavar="PATH", help="socket that speaks QMP")
+    parser.add_argument(
+        "--attach",
+        metavar="PATH",
+        help="socket where guests attach (default: in this receiver's folder)",
+    )
+    parser.add_argument(
+        "--control", metavar="PATH", help="socket that speaks QMP (default: beside the other)"
+    )
     parser.add_argument(
         "--recover-uri",
         metavar="URI",
@@ -79,7 +85,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """Coordinator settings from the command line; UsageError."""
     from sharded_pc import address
     from sharded_pc.geometry import Placement
-    from sharded_pc.settings import Settings, runtime_path
+    from sharded_pc.runtime_folder import ATTACH, CONTROL, runtime_path
+    from sharded_pc.settings import Settings
 
     if args.status_fd is not None:
         try:
@@ -102,8 +109,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         resume=args.resume is not None,
         workers=args.workers,
         placement=None if args.placement == "auto" else Placement(args.placement),
-        attach=args.attach or runtime_path(name, "attach"),
-        control=args.control,
+        attach=args.attach or runtime_path(name, ATTACH),
+        control=args.control or runtime_path(name, CONTROL),
         recover_uri=recover_uri(args.recover_uri),
         record=args.record,
         keep=args.keep,
@@ -161,15 +168,16 @@ class Session:
 
     def _listening(self, address: object) -> None:
         if address is None:
-            what = f"receiver {self._settings.name} goes on"
-            print(what, file=sys.stderr, flush=True)
-            self._manager.ready(what)
-            return
-        self._manager.ready(f"awaits a source at {address}")
-        ready = isinstance(address, FileAddress | FdAddress | ExecAddress)
-        print(f"{'reading from' if ready else 'listening on'} {address}", file=sys.stderr)
-        print(f"guests attach at {self._settings.attach}", file=sys.stderr, flush=True)
-        if not self._settings.reserve:
+            what = how = f"receiver {self._settings.name} goes on"
+        else:
+            what = f"awaits a source at {address}"
+            ready = isinstance(address, FileAddress | FdAddress | ExecAddress)
+            how = f"{'reading from' if ready else 'listening on'} {address}"
+        self._manager.ready(what)
+        print(how, file=sys.stderr)
+        print(f"guests attach at {self._settings.attach}", file=sys.stderr)
+        print(f"QMP is spoken at {self._settings.control}", file=sys.stderr, flush=True)
+        if address is not None and not self._settings.reserve:
             print("RAM is taken from /dev/shm as it is touched; --reserve takes it all at once",
                   file=sys.stderr, flush=True)  # fmt: skip
 

@@ -52,16 +52,16 @@ def check(arguments: Sequence[str]) -> None:
 
 
 class QemuDestination:
-    """One destination.  `arguments` is the user's command line, program first; sockets are made in
-    `folder`.  `ask()` has the source asked for pages that are requested; `attached(pid)` answers
-    which process, that one or a child of it, has handed its userfaultfds over; QEMU's standard
-    output goes to the descriptor `stdout`, to ours if None."""
+    """One destination.  `arguments` is the user's command line, program first; its monitor and the
+    stream it is fed get the `sockets`.  `ask()` has the source asked for pages that are requested;
+    `attached(pid)` answers which process, that one or a child of it, has handed its userfaultfds
+    over; QEMU's standard output goes to the descriptor `stdout`, to ours if None."""
 
     def __init__(
         self,
         arguments: Sequence[str],
         memory: GuestMemory,
-        folder: Path,
+        sockets: tuple[Path, Path],
         attach_path: str,
         ask: Callable[[], None],
         attached: Callable[[int], int | None],
@@ -69,7 +69,7 @@ class QemuDestination:
     ) -> None:
         self._arguments = arguments
         self._memory = memory
-        self._folder = folder
+        self._monitor_path, self._stream_path = sockets
         self._attach_path = attach_path
         self._ask = ask
         self._attached = attached
@@ -95,11 +95,10 @@ class QemuDestination:
         }
         self._plan = qemu_args.plan(self._arguments, ram.blocks, paths)
         shared = [paths[backend.block.name] for backend in self._plan.backends]
-        monitor = self._folder / "monitor"
         added = environment(self._attach_path, shared, timeout=START_SECONDS, bound=True)
-        arguments = [*self._plan.arguments, "-qmp", f"unix:{monitor},server=on,wait=off"]
+        arguments = [*self._plan.arguments, "-qmp", f"unix:{self._monitor_path},server=on,wait=off"]
         process = self._process = await QemuProcess.start(arguments, added, self._stdout)
-        connecting = self._monitor.connect(monitor)
+        connecting = self._monitor.connect(self._monitor_path)
         await process.unless_exited(connecting, START_SECONDS, "open its monitor")
         self._check_attached(process)
         await process.unless_exited(self._prepare(machine), START_SECONDS, "wait for the stream")
@@ -120,7 +119,7 @@ class QemuDestination:
         await monitor.check_private(block.name for _, block in self._private())
         self._names = await self._named_blocks(self._plan)
         await monitor.check_blocks(block for block, _ in self._names)
-        await monitor.listen_for_stream(self._folder / "stream")
+        await monitor.listen_for_stream(self._stream_path)
 
     async def _named_blocks(self, plan: qemu_args.Plan) -> list[tuple[RamBlock, int]]:
         assert self._memory.geometry is not None
@@ -152,7 +151,7 @@ class QemuDestination:
     async def _load(self, machine: str, devices: bytes) -> None:
         """x-ignore-shared is put back before QEMU has its devices, so that there is no moment at
         which its guest runs and could be migrated on, or saved, without its RAM."""
-        stream = ResumeStream(self._folder / "stream", self._memory, LOAD_SECONDS)
+        stream = ResumeStream(self._stream_path, self._memory, LOAD_SECONDS)
         try:
             await asyncio.to_thread(stream.send_ram, machine, self._names, self._private())
             await self._monitor.put_back("x-ignore-shared")

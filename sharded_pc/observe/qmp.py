@@ -10,17 +10,22 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 
 from sharded_pc.errors import ShardedPcError
-from sharded_pc.transport.accepting import Acceptor
+from sharded_pc.transport.accepting import TrustedAcceptor
 from sharded_pc.transport.incoming import bind_unix
 from sharded_pc.transport.json_stream import JsonSplitter
 
+log = logging.getLogger(__name__)
+
 VERSION = {"qemu": {"major": 0, "minor": 1, "micro": 0}, "package": "sharded_pc"}
 
+MAX_CLIENTS = 32
+"""At a time, so that they cannot take all descriptors; who is silent makes room for others."""
 MAX_UNREAD_BYTES = 1 << 20
 FLUSH_SECONDS = 1.0
 """What a client that is done with may still read."""
@@ -50,6 +55,8 @@ class _Client:
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
         self.negotiated = False
+        self.heard = time.monotonic()
+        """when it connected, or said something"""
 
     def send(self, message: dict) -> None:
         """Queues a message; a client that reads nothing is let go."""
@@ -96,14 +103,26 @@ class QmpServer:
         self._accepting = asyncio.create_task(self._accept())
 
     async def _accept(self) -> None:
-        acceptor = Acceptor(self._sock)
+        acceptor = TrustedAcceptor(self._sock)
         while True:
             reader, writer = await acceptor.accept_streams()
+            self._make_room()
             client = _Client(writer)
             self._clients.add(client)
             task = asyncio.create_task(self._serve(client, reader))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _make_room(self) -> None:
+        """Whoever comes gets in: he may be the one who has to recover a paused migration."""
+        if len(self._clients) >= MAX_CLIENTS:
+            silent = min(self._clients, key=lambda client: (client.negotiated, client.heard))
+            self._clients.discard(silent)
+            silent.abort()
+            log.warning(
+                "control client dropped: %d are connected, and it was silent for the longest time",
+                MAX_CLIENTS,
+            )
 
     def event(self, name: str, data: dict) -> None:
         """Sends an event to everybody who has negotiated."""
@@ -144,6 +163,7 @@ class QmpServer:
         client.send({"QMP": {"version": VERSION, "capabilities": []}})
         splitter = JsonSplitter()
         while data := await reader.read(4096):
+            client.heard = time.monotonic()
             splitter.feed(data)
             try:
                 while (message := splitter.take()) is not None:

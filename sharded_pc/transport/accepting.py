@@ -13,6 +13,7 @@ import logging
 import socket
 
 from sharded_pc.transport.fds import readable
+from sharded_pc.transport.peers import peer_of
 
 log = logging.getLogger(__name__)
 
@@ -70,3 +71,20 @@ class Acceptor:
             where = self._sock.getsockname()
             log.warning("no connection can be taken at %s: %s; trying again", where, error.strerror)
         self._is_told = True
+
+
+class TrustedAcceptor(Acceptor):
+    """Of a Unix socket: only those who could do anything to us anyway.  The socket's mode and its
+    folder's keep others away; this is for the day on which somebody has opened both."""
+
+    def take(self) -> socket.socket | None:
+        while (found := super().take()) is not None:
+            peer = peer_of(found)
+            if peer.is_trusted:
+                return found
+            found.close()
+            log.warning(
+                "connection to %s refused: process %d belongs to uid %d",
+                self._sock.getsockname(), peer.pid, peer.uid,
+            )  # fmt: skip
+        return None

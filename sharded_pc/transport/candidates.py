@@ -25,6 +25,7 @@ import struct
 from sharded_pc.errors import HostError, RemoteProtocolError
 from sharded_pc.transport.accepting import Acceptor
 from sharded_pc.transport.fds import readable
+from sharded_pc.transport.peers import peer_of
 from sharded_pc.wire import constants as c
 
 log = logging.getLogger(__name__)
@@ -198,9 +199,7 @@ def _describe(opening: bytes, *, awaits_new: bool) -> str:
 def _peer(sock: socket.socket) -> str:
     """Where it comes from: all connections of one source come from there."""
     if sock.family == socket.AF_UNIX:
-        size = struct.calcsize("3i")
-        pid, *_ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-        return f"process {pid}"
+        return f"process {peer_of(sock).pid}"
     try:
         return sock.getpeername()[0]
     except OSError:  # reset already

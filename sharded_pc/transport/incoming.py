@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import logging
 import os
 import signal
 import socket
@@ -18,6 +19,14 @@ from sharded_pc.errors import HostError, UsageError
 from sharded_pc.transport.accepting import BACKLOG
 from sharded_pc.transport.candidates import RECOVERY, SOURCE, Candidates
 from sharded_pc.transport.liveness import watch_peer
+
+log = logging.getLogger(__name__)
+
+OPEN_TO_ALL = (
+    "%s can be reached from other hosts, and the stream is neither encrypted nor authenticated: "
+    "whoever reaches that port can send a guest of their own, and whoever is on the way can read "
+    "and change the guest's memory; use a network that you trust, or listen on 127.0.0.1 and tunnel"
+)
 
 
 class Wire:
@@ -135,7 +144,10 @@ def _tcp(where: addr.TcpAddress, wanted: bytes) -> Listener:
         sock.close()
         raise
     sock.setblocking(False)
-    return _SocketListener(dataclasses.replace(where, port=sock.getsockname()[1]), sock, wanted)
+    host, port, *_ = sock.getsockname()
+    if not addr.is_loopback(host):
+        log.warning(OPEN_TO_ALL, where)
+    return _SocketListener(dataclasses.replace(where, port=port), sock, wanted)
 
 
 def bind_unix(path: str) -> socket.socket:
@@ -144,8 +156,8 @@ def bind_unix(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_dead_socket(path)
+        os.fchmod(sock.fileno(), 0o600)  # bind() takes it over: it is never open to others
         sock.bind(path)
-        os.chmod(path, 0o600)
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
