@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 
+import sharded_pc
 from sharded_pc import shm
 from sharded_pc.address import TcpAddress
 from sharded_pc.attach import server
+from sharded_pc.errors import AttachError
 from sharded_pc.observe import qmp
 from sharded_pc.observe.qmp import QmpServer
 from sharded_pc.transport.incoming import bind_unix, listen
@@ -41,6 +43,18 @@ try:
     print("heard", sock.recv(99))
 except OSError as error:
     print(type(error).__name__)
+"""
+
+FALSE_RECEIVER = f"""
+import os, socket, sys
+os.setgroups([]), os.setgid({NOBODY}), os.setuid({NOBODY})
+sock = socket.socket(socket.AF_UNIX)
+sock.settimeout({WAIT_S})
+sock.bind(sys.argv[1])
+os.chmod(sys.argv[1], 0o666)
+sock.listen()
+print("listening", flush=True)
+print("heard", sock.accept()[0].recv(99), flush=True)
 """
 
 
@@ -95,6 +109,18 @@ def quit_by_qmp(receiver: Receiver) -> None:
         file.write('{"execute": "qmp_capabilities"} {"execute": "quit"}')
         file.flush()
         assert [json.loads(file.readline()) for _ in range(2)] == [{"return": {}}] * 2
+
+
+def test_a_guest_does_not_trust_another_users_receiver(place):
+    """One that sits where the receiver's socket is looked for is told nothing, not even hello."""
+    place.chmod(0o1777)
+    path = str(place / "attach")
+    command = [sys.executable, "-c", FALSE_RECEIVER, path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as false:
+        assert false.stdout.readline() == "listening\n"
+        with pytest.raises(AttachError, match=f"{path} .process {false.pid}. belongs to uid 65534"):
+            sharded_pc.attach(path, timeout=WAIT_S)
+        assert false.communicate(timeout=WAIT_S) == ("heard b''\n", None)
 
 
 def test_this_user_and_root_are_trusted(monkeypatch):

@@ -19,6 +19,7 @@ from sharded_pc.native.core import ffi
 from sharded_pc.native.uffd import FEATURES, MODE_MINOR, Uffd
 from sharded_pc.shm import Segment
 from sharded_pc.transport import fds
+from sharded_pc.transport.peers import peer_of
 
 
 class Guest:
@@ -171,6 +172,12 @@ def _connect(sock: socket.socket, path: str) -> None:
         sock.connect(path)
     except (FileNotFoundError, ConnectionRefusedError):  # refused: its receiver is dead
         raise FileNotFoundError(errno.ENOENT, "no receiver listens there", path) from None
+    receiver = peer_of(sock)
+    if not receiver.is_trusted:  # it would be given userfaultfds, and could write into us
+        raise AttachError(
+            f"who listens at {path} (process {receiver.pid}) belongs to uid {receiver.uid}: see "
+            f"who made that socket"
+        )
 
 
 def _hand_over(sock: socket.socket, timeout: float | None, wait_ready: bool) -> Guest:

@@ -11,7 +11,7 @@ _UCRED = struct.Struct("iII")
 
 
 class Peer(NamedTuple):
-    """Who called connect(), with the effective ids of that moment."""
+    """Who called connect() or listen(), with the effective ids of that moment."""
 
     pid: int
     uid: int
