@@ -23,7 +23,7 @@ from sharded_pc.address import TcpAddress
 from sharded_pc.attach import server
 from sharded_pc.errors import AttachError
 from sharded_pc.observe import qmp
-from sharded_pc.observe.qmp import QmpServer
+from sharded_pc.observe.qmp import Command, QmpServer
 from sharded_pc.transport.incoming import bind_unix, listen
 from sharded_pc.transport.peers import Peer, peer_of
 from tests.attach_clients import Client, address
@@ -228,7 +228,7 @@ def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
     path = str(tmp_path / "control")
 
     async def play(scene: Callable[[str], None]) -> None:
-        server = QmpServer(path, dict, lambda: None)
+        server = QmpServer(path, [Command("query-migrate", dict)])
         await server.start()
         try:
             await asyncio.wait_for(asyncio.to_thread(scene, path), WAIT_S)
