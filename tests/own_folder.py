@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.receiver import Receiver
+from tests.receiver import Receiver, Resumes
 
 
 class OwnFolder(Receiver):
@@ -15,3 +15,7 @@ class OwnFolder(Receiver):
 
     def socket_options(self) -> list[str]:
         return []
+
+
+class OwnSuccessor(Resumes, OwnFolder):
+    """`receive --resume NAME` of such a one."""

@@ -15,7 +15,7 @@ import pytest
 
 from sharded_pc import cli, runtime_folder
 from sharded_pc.errors import HostError, UsageError
-from tests.own_folder import OwnFolder
+from tests.own_folder import OwnFolder, OwnSuccessor
 from tests.synthetic import connect, open_source
 from tests.test_process_ends import check_one_error, qmp, receive
 
@@ -218,6 +218,25 @@ def test_clean_removes_what_a_dead_receiver_left(tmp_path, unique_name, monkeypa
         assert cli.main(["clean", "--name", unique_name]) == 0
         assert "removed" in capsys.readouterr().out
         assert not folder.exists()
+
+
+@pytest.mark.uffd
+def test_a_successor_has_the_same_folder(tmp_path, unique_name):
+    """Guests and control clients find it where the dead one was."""
+    with (
+        OwnFolder(tmp_path, unique_name, keep=False) as receiver,
+        open_source(connect(receiver.uri())) as source,
+    ):
+        source.begin()
+        source.wait_switched()
+        receiver.signal(signal.SIGKILL)
+        receiver._started().wait()
+        with OwnSuccessor(tmp_path, unique_name, keep=False) as successor:
+            folder = successor.runtime_folder()
+            assert sorted(os.listdir(folder)) == ["attach", "control"]
+            assert f"goes on\nguests attach at {folder}/attach\nQMP is s" in successor.stderr()
+            assert successor.give_up().exit_code == 5
+            assert not folder.exists()
 
 
 @pytest.mark.uffd
