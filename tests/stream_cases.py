@@ -96,6 +96,8 @@ END_EVENTS = (
 DESCRIPTION = {"page_size": 4096, "devices": [{"name": "timer", "note": "\u0000\u0006 {}"}]}
 RAW_DESCRIPTION = json.dumps(DESCRIPTION).encode()
 
+NESTED = b'{"a":' + b"[" * 2000 + b"]" * 2000 + b"}"
+"""Deeper than Python's JSON reader goes."""
 _TRICKY = {
     "a device": b"state",
     "EOF and VMDESCRIPTION marks": b"\0\6" * 20,
@@ -107,6 +109,7 @@ _TRICKY = {
     "a mark, a wrong length and JSON": b"\0\6\0\0\0\x01" + RAW_DESCRIPTION,
     "zeros": bytes(40),
     "a huge length": b"\0\6\xff\xff\xff\xff{",
+    "a description that is too deep": b"\0\6" + struct.pack(">I", len(NESTED)) + NESTED,
 }
 
 

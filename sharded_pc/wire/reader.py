@@ -244,7 +244,7 @@ def _description_at(tail: bytearray, start: int) -> tuple[int, int] | None:
 def _is_json(raw: bytearray) -> bool:
     try:
         return isinstance(json.loads(raw.rstrip(b"\0")), dict)
-    except ValueError:
+    except (ValueError, RecursionError):  # deeper than a description nests: device state
         return False
 
 
