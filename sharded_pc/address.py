@@ -12,6 +12,8 @@ MAX_PATH_BYTES = 107
 GRAMMAR = (
     "tcp:HOST:PORT[,keep-alive=on|off], unix:PATH, fd:N, exec:COMMAND or file:PATH[,offset=BYTES]"
 )
+MOST_OFFSET = (1 << 63) - 1
+"""A file's position is signed (off_t)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,15 +96,15 @@ def _is_number(text: str, most_digits: int) -> bool:
 def _tcp(text: str) -> TcpAddress:
     rest, *options = text.split(",")
     host, colon, port = rest.rpartition(":")
-    if not colon or not _is_number(port, 5) or int(port) > 65535:
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    number = _is_number(port, 5) and int(port) <= 65535
+    if not colon or not number or "[" in bare or "]" in bare:
         raise UsageError(f"tcp address {rest!r}: expected HOST:PORT, as in tcp:0.0.0.0:4444")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
+    if ":" in bare and bare == host:
         raise UsageError(
             f"tcp address {rest!r}: put the IPv6 host in brackets, tcp:[{host}]:{port}"
         )
-    return TcpAddress(host, int(port), _keep_alive(options))
+    return TcpAddress(bare, int(port), _keep_alive(options))
 
 
 _NUMBERS = {
@@ -157,7 +159,7 @@ def _bytes(text: str) -> int:
         offset = int(text, 0)
     except ValueError:
         offset = -1
-    if offset < 0:
+    if not 0 <= offset <= MOST_OFFSET:
         raise UsageError(f"file offset {text!r}: expected a number of bytes")
     return offset
 

@@ -43,6 +43,7 @@ GOOD = (
     ("file:/tmp/stream", FileAddress("/tmp/stream")),
     ("file:a,b,offset=4096", FileAddress("a,b", 4096)),
     ("file:/tmp/stream,offset=0x1000", FileAddress("/tmp/stream", 4096)),
+    ("file:/tmp/stream,offset=0x7fffffffffffffff", FileAddress("/tmp/stream", (1 << 63) - 1)),
 )
 NO_TCP = "expected HOST:PORT, as in tcp:0.0.0.0:4444"
 NO_FD = "expected the number of an inherited descriptor"
@@ -66,6 +67,9 @@ BAD = (
     ("tcp:host:1,keep-alive-count=0", "option 'keep-alive-count=0' of a tcp address"),
     ("tcp:host:1,keep-alive-idle=" + "9" * 5000, "of a tcp address"),
     ("tcp:host:1,", "option '' of a tcp address"),
+    ("tcp:[[::1]]:4444", NO_TCP),
+    ("tcp:[::1:4444", NO_TCP),
+    ("tcp:[a]b:4444", NO_TCP),
     ("tcp:::1:4444", "put the IPv6 host in brackets, tcp:[::1]:4444"),
     ("unix:", "expected unix:PATH"),
     ("unix:" + "x" * 108, "at most 107 bytes"),
@@ -83,6 +87,8 @@ BAD = (
     ("file:a,offset=b", "expected a number of bytes"),
     ("file:a,offset=-1", "expected a number of bytes"),
     ("file:a,offset=1,offset=2", "expected a number of bytes"),
+    ("file:a,offset=0x8000000000000000", "expected a number of bytes"),
+    ("file:a,offset=0x" + "f" * 5000, "expected a number of bytes"),
 )
 
 
