@@ -165,10 +165,24 @@ def check_geometry(message: object) -> Offer:
         raise AttachError(f"geometry version {body.get('version')!r}, expected {VERSION}")
     try:
         blocks = tuple(RamBlock(b["name"], b["size"], b["page-size"]) for b in body["blocks"])
-        ram = Geometry(blocks, body["shards"], body["stripe-size"])
-        good = ram.shards > 0 and ram.stripe_bytes > 0 and body["mode"] in (None, *MODES)
+        offer = Offer(
+            body.get("name", ""),
+            Geometry(blocks, body["shards"], body["stripe-size"]),
+            body["mode"],
+        )
     except (KeyError, TypeError):
-        good = False
-    if not good:
+        offer = None
+    if offer is None or not _is_usable(offer):
         raise AttachError(f"the receiver's geometry cannot be used: {str(body)[:80]}")
-    return Offer(body.get("name", ""), ram, body["mode"])
+    return offer
+
+
+def _is_usable(offer: Offer) -> bool:
+    """JSON's types are not ours: a size may be text, a fraction or true."""
+    names: list[object] = [offer.name]
+    sizes: list[object] = [offer.ram.shards, offer.ram.stripe_bytes]
+    for block in offer.ram.blocks:
+        names.append(block.name)
+        sizes += [block.size, block.page_size]
+    counted = all(type(size) is int and size > 0 for size in sizes)
+    return counted and all(isinstance(n, str) for n in names) and offer.mode in (None, *MODES)
