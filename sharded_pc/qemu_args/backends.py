@@ -113,10 +113,12 @@ class Memory:
     def machine(self) -> list[MemoryBackend]:
         """What makes the machine's RAM, in address order; [] if QEMU makes it by itself."""
         nodes = [option.values() for option in self._line.named("-numa")]
-        ids = [node["memdev"] for node in nodes if node.get("type") == "node" and "memdev" in node]
+        ids = [
+            str(node["memdev"]) for node in nodes if node.get("type") == "node" and "memdev" in node
+        ]
         machine = self._line.merged("-machine")
         if "memory-backend" in machine:
-            ids.append(machine["memory-backend"])
+            ids.append(str(machine["memory-backend"]))
         return self._all(ids)
 
     def segments(self) -> list[MemoryBackend]:

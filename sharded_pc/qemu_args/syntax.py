@@ -13,6 +13,10 @@ Pair = tuple[str, Any]
 """A key and its value: text, or what JSON made of it.  A key may stand there more than once
 (`host-nodes=0,host-nodes=2` is a list)."""
 
+MAX_DEPTH = 256
+"""A block device with its backing files nests deepest; what looks at values goes down by recursion."""
+MOST_BYTES = (1 << 63) - 1
+"""QEMU's sizes are 64 bits, a file's are signed."""
 _ITEM = re.compile(r"((?:[^,]|,,)*)(?:,|$)")  # a comma within a value is doubled
 _UNITS = {unit: 1 << 10 * power for power, unit in enumerate("BKMGTPE")}
 
@@ -43,9 +47,22 @@ def read_pairs(text: str, implied: str = "") -> list[Pair]:
 
 def _read_json(text: str) -> list[Pair]:
     try:
-        return list(json.loads(text).items())
+        value = json.loads(text)
     except ValueError as error:
         raise UsageError(f"QEMU option value {text[:60]!r} is not JSON: {error}") from None
+    except RecursionError:
+        value = None
+    if value is None or _is_deeper(value, MAX_DEPTH):
+        raise UsageError(f"QEMU option value {text[:60]!r} is nested more than {MAX_DEPTH} deep")
+    return list(value.items())
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [v for values in inner for v in values if isinstance(v, dict | list)]
+    return bool(level)
 
 
 def write_pairs(pairs: Sequence[Pair], implied: str, as_json: bool) -> str:
@@ -71,9 +88,12 @@ def size_bytes(value: object, unit: str) -> int:
     """QEMU's size: a number of `unit` ("M" for -m, "B" for objects), or with a suffix of its own;
     UsageError."""
     text = str(value)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([BKMGTPE]?)", text.strip().upper())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([BKMGTPE]?)", text.strip().upper())
+    size: float = -1
     if match:
-        return int(float(match[1]) * _UNITS[match[2] or unit])
-    if re.fullmatch(r"0[xX][0-9a-fA-F]+", text):
-        return int(text, 16) * _UNITS[unit]
-    raise UsageError(f"memory size {text!r}: expected a number such as 512, 512M or 4G")
+        size = float(match[1]) * _UNITS[match[2] or unit]
+    elif re.fullmatch(r"0[xX][0-9a-fA-F]+", text):
+        size = int(text, 16) * _UNITS[unit]
+    if not 0 <= size <= MOST_BYTES:
+        raise UsageError(f"memory size {text!r}: expected a number such as 512, 512M or 4G")
+    return int(size)
