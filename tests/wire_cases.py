@@ -148,6 +148,11 @@ _BAD_FLAGS = (
     0x00C,
     0x400,
     0x800,
+    0x808,  # a page, and something unknown
+    0x402,
+    0x828,
+    0x900,
+    0x440,
     0xFFF,
 )
 

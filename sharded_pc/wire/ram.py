@@ -18,10 +18,12 @@ from sharded_pc.wire.constants import RamFlag
 from sharded_pc.wire.steps import TELL, Parser, counted_text, number, text
 
 OFFSET_MASK = ~0xFFF
+_KIND_MASK = 0xFFF & ~int(RamFlag.CONTINUE)
+"""~RamFlag.CONTINUE has no unknown flags: what is masked with it seems to be of a known kind."""
 
 
 def unsupported(header: int) -> RemoteProtocolError:
-    kind = RamFlag(header & 0xFFF & ~RamFlag.CONTINUE)
+    kind = RamFlag(header & _KIND_MASK)
     return RemoteProtocolError(f"the source sends {c.UNSUPPORTED_RECORDS[kind]}")
 
 
@@ -63,7 +65,7 @@ def second_block_list() -> RemoteProtocolError:
 
 
 def _refuse(header: int) -> RemoteProtocolError:
-    flags = RamFlag(header & 0xFFF & ~RamFlag.CONTINUE)
+    flags = RamFlag(header & _KIND_MASK)
     continues = header & RamFlag.CONTINUE
     # Only page-like records may continue a block.
     pagelike = flags in (RamFlag.XBZRLE, RamFlag.COMPRESS_PAGE)
@@ -96,12 +98,12 @@ class Channel:
                 return
 
     def _record(self, header: int) -> Parser:
-        match RamFlag(header & 0xFFF):
+        match header & 0xFFF:
             case RamFlag.EOS:
                 return True
             case RamFlag.MEM_SIZE:
                 raise second_block_list()
-            case flags if flags & ~RamFlag.CONTINUE in (RamFlag.PAGE, RamFlag.ZERO):
+            case flags if flags & _KIND_MASK in (RamFlag.PAGE, RamFlag.ZERO):
                 yield from self._page(header)
             case _:
                 raise _refuse(header)
