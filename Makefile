@@ -4,6 +4,7 @@
 #   make test      the tests; ARGS="-k wire" passes arguments on
 #   make check     what can this host do?
 #   make lint      ruff
+#   make fuzz      all fuzz targets, TIME=600 seconds each; ARGS="ram stream" chooses some
 #   make setup     only the set-up
 #   make clean     forget all of it
 #
@@ -23,8 +24,10 @@ CORE := $(wildcard sharded_pc/native/*.c sharded_pc/native/*.h sharded_pc/native
                    sharded_pc/native/CMakeLists.txt)
 PACKAGES := $(sort $(dir $(wildcard sharded_pc/*/__init__.py sharded_pc/*/*/__init__.py)))
 RUFF := $(VENV)/.ruff
+FUZZ := $(VENV)/.fuzz
+TIME ?= 600
 
-.PHONY: setup demo test check lint clean system-packages newer-qemu
+.PHONY: setup demo test check lint fuzz clean system-packages newer-qemu
 
 setup: $(INSTALLED)
 
@@ -45,6 +48,9 @@ check: setup
 lint: $(RUFF)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+fuzz: setup $(FUZZ)
+	$(BIN)/python -m tests.fuzz --seconds $(TIME) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .mypy_cache
@@ -75,4 +81,9 @@ $(INSTALLED): pyproject.toml $(CORE) | $(BIN)/python
 
 $(RUFF): Makefile | $(BIN)/python
 	$(PIP) install --quiet 'ruff>=0.17'
+	@touch $@
+
+# A Python for which atheris has no wheel goes without; so does a machine without clang.
+$(FUZZ): pyproject.toml | $(INSTALLED)
+	-$(PIP) install --quiet --only-binary atheris --editable '.[test,ui,fuzz]'
 	@touch $@

@@ -14,7 +14,7 @@ Pair = tuple[str, Any]
 (`host-nodes=0,host-nodes=2` is a list)."""
 
 MAX_DEPTH = 256
-"""A block device with its backing files nests deepest; what looks at values goes down by recursion."""
+"""A block device with its backing files nests deepest; what looks at values recurses."""
 MOST_BYTES = (1 << 63) - 1
 """QEMU's sizes are 64 bits, a file's are signed."""
 _ITEM = re.compile(r"((?:[^,]|,,)*)(?:,|$)")  # a comma within a value is doubled

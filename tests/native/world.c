@@ -34,6 +34,25 @@ static int new_segment(uint64_t bytes)
     return fd;
 }
 
+static void connect_reader(world *w, int postcopy)
+{
+    CHECK_EQ(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, w->wire), 0);
+    w->stream = sp_stream_new(w->wire[1], -1, -1);
+    w->ram = sp_ram_new(w->stream, w->control, w->received, w->requested, w->pool, w->stop);
+    w->ram->timeout_ms = 0;
+    w->ram->postcopy = postcopy;
+    for (int i = 0; i < WORLD_BLOCKS; i++)
+        w->ram->block_fd[i] = w->fd[i];
+}
+
+static void disconnect_reader(world *w)
+{
+    sp_ram_free(w->ram);
+    sp_stream_free(w->stream);
+    close(w->wire[0]);
+    close(w->wire[1]);
+}
+
 world *world_new(int postcopy)
 {
     world *w = zeroed(sizeof *w);
@@ -42,16 +61,31 @@ world *world_new(int postcopy)
     w->requested = zeroed(w->control->n_bits / 8);
     w->pool = zeroed(WORLD_SHARDS * SP_POOL_SLOTS * SP_PAGE_BYTES);
     w->stop = zeroed(sizeof *w->stop);
-    CHECK_EQ(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, w->wire), 0);
-    w->stream = sp_stream_new(w->wire[1], -1, -1);
-    w->ram = sp_ram_new(w->stream, w->control, w->received, w->requested, w->pool, w->stop);
-    w->ram->timeout_ms = 0;
-    w->ram->postcopy = postcopy;
     for (int i = 0; i < WORLD_BLOCKS; i++) {
-        w->fd[i] = w->ram->block_fd[i] = new_segment(WORLD_PAGES[i] * SP_PAGE_BYTES);
+        w->fd[i] = new_segment(WORLD_PAGES[i] * SP_PAGE_BYTES);
         w->image[i] = zeroed(WORLD_PAGES[i] * SP_PAGE_BYTES);
     }
+    connect_reader(w, postcopy);
     return w;
+}
+
+void world_renew(world *w, int postcopy)
+{
+    uint8_t *alias[WORLD_BLOCKS];
+    size_t bytes = w->control->n_bits / 8;
+    memcpy(alias, w->ram->alias, sizeof alias);
+    disconnect_reader(w);
+    free(w->control);
+    w->control = new_control(WORLD_SHARDS);
+    memset((void *)w->received, 0, bytes);
+    memset((void *)w->requested, 0, bytes);
+    connect_reader(w, postcopy);
+    if (w->written) {
+        memset((void *)w->written, 0, bytes);
+        w->control->placement = SP_PLACE_CONTINUE;
+        memcpy(w->ram->alias, alias, sizeof alias);
+        sp_ram_go_straight(w->ram, w->written);
+    }
 }
 
 static size_t block_bytes(int block)
@@ -66,8 +100,9 @@ void world_go_straight(world *w)
     for (int i = 0; i < WORLD_BLOCKS; i++) {
         size_t bytes = block_bytes(i);
         int hidden = MAP_PRIVATE | MAP_ANONYMOUS;
-        uint8_t *at = mmap(NULL, bytes + SP_PAGE_BYTES, PROT_NONE, hidden, -1, 0);
+        uint8_t *at = mmap(NULL, bytes + 2 * SP_PAGE_BYTES, PROT_NONE, hidden, -1, 0);
         CHECK(at != MAP_FAILED);
+        at += SP_PAGE_BYTES;
         CHECK(mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, w->fd[i], 0) == at);
         w->ram->alias[i] = at;
     }
@@ -78,14 +113,11 @@ void world_free(world *w)
 {
     for (int i = 0; i < WORLD_BLOCKS; i++) {
         if (w->ram->alias[i])
-            munmap(w->ram->alias[i], block_bytes(i) + SP_PAGE_BYTES);
+            munmap(w->ram->alias[i] - SP_PAGE_BYTES, block_bytes(i) + 2 * SP_PAGE_BYTES);
         close(w->fd[i]);
         free(w->image[i]);
     }
-    sp_ram_free(w->ram);
-    sp_stream_free(w->stream);
-    close(w->wire[0]);
-    close(w->wire[1]);
+    disconnect_reader(w);
     free((void *)w->stop);
     free(w->pool);
     free((void *)w->written);

@@ -28,7 +28,9 @@ typedef struct world {
 sp_control *new_control(uint32_t n_shards);
 world *world_new(int postcopy);
 void world_free(world *w);
-/* `continue`: pages go into the segments, a page that may not be touched behind each alias. */
+/* As new, but for what stands in memory: cheaper than another one. */
+void world_renew(world *w, int postcopy);
+/* `continue`: pages go into the segments, pages that may not be touched around each alias. */
 void world_go_straight(world *w);
 void world_send(world *w, const void *bytes, size_t n);
 /* Sends be64 (offset | flags) and, unless NULL, a block's name. */
