@@ -13,12 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 from tests.fuzz import corpora, native_targets, programs, targets
 from tests.fuzz.mutator import Mutator
 
-BATCH = 10_000
+BATCH = 2000
 """Executions between two looks at the clock where nothing leads them."""
 MOST_COMMITTED = 3000
 """Bytes of one input in the tree."""
@@ -49,11 +50,10 @@ def _fuzz(name: str, seconds: int) -> bool:
         return _run([*command, f"-max_total_time={seconds}", folder])
     print("neither atheris nor clang for it: not led by coverage", flush=True)
     batch = _native_batch if name in native_targets.TARGETS else _batch
-    end = time.monotonic() + seconds
-    for seed in itertools.count():
-        if time.monotonic() >= end or not batch(name, folder, seed):
-            return time.monotonic() >= end
-    return True
+    end, good, seeds = time.monotonic() + seconds, True, itertools.count()
+    while good and time.monotonic() < end:
+        good = batch(name, folder, next(seeds))
+    return good
 
 
 def _run(command: list[str | Path]) -> bool:
@@ -74,8 +74,9 @@ def _batch(name: str, folder: Path, seed: int) -> bool:
         try:
             target.one_input(data)
         except Exception:
+            traceback.print_exc()
             (folder.parent / "failed").write_bytes(data)
-            raise
+            return False
     return True
 
 

@@ -14,7 +14,7 @@ from tests.fuzz.mutator import MOST_BYTES
 ALL = (*targets.NAMES, *native_targets.TARGETS)
 LIMITS = ("-timeout=10", "-rss_limit_mb=2048", "-print_final_stats=1")
 """Seconds and megabytes that one input may take."""
-MOST_NATIVE_BYTES = 4096
+MOST_NATIVE_BYTES = 16384
 """Of native/replay.c too."""
 
 

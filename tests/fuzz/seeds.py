@@ -13,6 +13,9 @@ from sharded_pc.wire import writer
 from tests import bad_stream_cases, stream_cases, wire_cases
 from tests.fuzz.targets import attaching
 
+SCM_MAX_FD = 253
+"""Of attach/preload/message.h too: one descriptor comes with each block."""
+
 
 def _stream() -> Iterable[bytes]:
     yield from (case.stream for case in (*stream_cases.GOOD, *stream_cases.UNDESCRIBED))
@@ -42,6 +45,14 @@ def _attaching() -> Iterable[bytes]:
         protocol.error("no room"),
     )
     return [json.dumps(each).encode() for each in said]
+
+
+def _message() -> Iterable[bytes]:
+    yield from _attaching()
+    head = b'{"geometry":{"version":1,"shards":1,"stripe-size":4096,"mode":null,"blocks":['
+    for blocks in (1, SCM_MAX_FD, SCM_MAX_FD + 1):
+        yield head + b",".join([b'{"name":"a","size":9,"first-stripe":0}'] * blocks) + b"]}}"
+    yield b'{"event":"\\u00e9\\'
 
 
 def _json_values() -> Iterable[bytes]:
@@ -125,7 +136,7 @@ _SEEDS: dict[str, Callable[[], Iterable[bytes]]] = {
     "discards": _discards,
     "info_ramblock": _info_ramblock,
     "json_values": _json_values,
-    "message": _attaching,
+    "message": _message,
     "ram": _ram,
     "ram_records": _ram_records,
     "return_path": _return_path,

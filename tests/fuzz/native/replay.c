@@ -11,7 +11,7 @@
 #include "check.h"
 #include "fuzz.h"
 
-enum { MOST_BYTES = 4096, MOST_INPUTS = 4096, MOST_CHANGES = 6 };
+enum { MOST_BYTES = 16384, MOST_INPUTS = 4096, MOST_CHANGES = 6 };
 
 typedef struct input {
     uint8_t *bytes;
@@ -104,7 +104,7 @@ static size_t change(uint8_t *bytes, size_t size, uint64_t *random)
 {
     size_t at = random_below(random, size + 1);
     uint64_t noise = next_random(random), ones = 0;
-    switch (random_below(random, 6)) {
+    switch (random_below(random, 7)) {
     case 0:
         return insert(bytes, size, at, (uint8_t *)&noise, 1 + noise % 8);
     case 1:
@@ -114,6 +114,8 @@ static size_t change(uint8_t *bytes, size_t size, uint64_t *random)
     case 3:
         return delete(bytes, size, at, random);
     case 4:
+        return at;
+    case 5:
         if (at < size)
             bytes[at] = (uint8_t)noise;
         return size;
