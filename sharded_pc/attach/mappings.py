@@ -27,10 +27,11 @@ class Mapping:
 
 def mappings_of(pid: int) -> Iterator[Mapping]:
     """All mappings of a process, ascending; OSError if they may not be read."""
-    for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+    # As bytes: a file's name may hold anything that text would be cut at.
+    for line in Path(f"/proc/{pid}/maps").read_bytes().split(b"\n")[:-1]:
         span, flags, offset, _, inode, *_ = line.split()
-        start, end = (int(part, 16) for part in span.split("-"))
-        yield Mapping(start, end, flags[3] == "s", int(offset, 16), int(inode))
+        start, end = (int(part, 16) for part in span.split(b"-"))
+        yield Mapping(start, end, flags[3:4] == b"s", int(offset, 16), int(inode))
 
 
 def check_mapped(pid: int, segments: Sequence[Segment], addresses: Sequence[int]) -> None:

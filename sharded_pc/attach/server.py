@@ -276,10 +276,10 @@ def _ancestry(pid: int) -> Iterator[int]:
     while pid > 1:
         yield pid
         try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
+            stat = Path(f"/proc/{pid}/stat").read_bytes()  # its name need not be text
         except OSError:
             return
-        pid = int(stat.rpartition(")")[2].split()[1])
+        pid = int(stat.rpartition(b")")[2].split()[1])
 
 
 def _check_uffds(uffds: list[int]) -> None:

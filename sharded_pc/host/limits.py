@@ -168,15 +168,14 @@ def _limited(folder: Path, files: Files) -> Iterator[Cgroup]:
 
 def _memberships(root: Path) -> Iterator[tuple[str, str]]:
     """(controller, path) of /proc/self/cgroup; version 2 has no controller's name."""
-    for line in (_text(root / "proc/self/cgroup") or "").splitlines():
+    for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         for controller in controllers.split(","):
             yield controller, path
 
 
 def _mounts(root: Path) -> list[Mount]:
-    lines = (_text(root / "proc/self/mountinfo") or "").splitlines()
-    return [_mount(line) for line in lines if " - " in line]
+    return [_mount(line) for line in _lines(root / "proc/self/mountinfo") if " - " in line]
 
 
 def _mount(line: str) -> Mount:
@@ -213,7 +212,7 @@ def _chosen(path: Path) -> str | None:
 
 
 def _table(path: Path, separator: str) -> dict[str, str]:
-    rows = (line.partition(separator) for line in (_text(path) or "").splitlines())
+    rows = (line.partition(separator) for line in _lines(path))
     return {key: value.strip() for key, _, value in rows}
 
 
@@ -222,8 +221,13 @@ def _number(path: Path) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
+def _lines(path: Path) -> list[str]:
+    """Of a name in them only NUL and newline can be excluded."""
+    return [line for line in (_text(path) or "").split("\n") if line]
+
+
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text().strip()
+        return os.fsdecode(path.read_bytes()).rstrip("\n")
     except OSError:
         return None

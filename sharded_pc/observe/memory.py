@@ -28,14 +28,15 @@ def huge_bytes(pid: int, inodes: Container[int]) -> int:
     """Bytes of these shared-memory files that the process has mapped by huge pages (proc(5), smaps:
     ShmemPmdMapped); 0 if it is gone or may not be looked at."""
     try:
-        lines = Path(f"/proc/{pid}/smaps").read_text(errors="replace").splitlines()
+        # As bytes: a file's name may hold anything that text would be cut at.
+        lines = Path(f"/proc/{pid}/smaps").read_bytes().split(b"\n")[:-1]
     except OSError:
         return 0
     ours, found = False, 0
     for line in lines:
         first, *rest = line.split()
-        if "-" in first:  # START-END FLAGS OFFSET DEVICE INODE PATH
+        if b"-" in first:  # START-END FLAGS OFFSET DEVICE INODE PATH
             ours = int(rest[3]) in inodes
-        elif ours and first == "ShmemPmdMapped:":
+        elif ours and first == b"ShmemPmdMapped:":
             found += int(rest[0]) << 10
     return found
