@@ -24,6 +24,7 @@ TOKENS = (
 )
 MOST_WANTED = 0xFFFF
 """Bytes: a command's payload is the longest thing that is asked for whole."""
+_DEVICES = "device state outside a package"
 
 
 def one_input(data: bytes) -> None:
@@ -43,9 +44,8 @@ def _play(pieces) -> tuple[list, tuple | None]:
         refused = (error.what, error.offset)
     else:
         refused = None
-    kinds = [type(event) for event in seen]
-    if events.Devices in kinds:
-        return seen[: kinds.index(events.Devices)], None
+    if _DEVICES in seen:
+        return seen[: seen.index(_DEVICES)], None
     return seen, refused
 
 
@@ -63,6 +63,8 @@ def _watched(seen: list) -> Parser:
         answer = None
         if isinstance(want, int | Some) or want is TELL:
             assert not isinstance(want, int) or 0 < want <= MOST_WANTED
+            if isinstance(want, Some) and not isinstance(seen[-1], events.Packaged):
+                seen.append(_DEVICES)
             answer = yield want
         else:
             _check(want, blocks)
