@@ -13,7 +13,7 @@ from tests.fuzz import corpora, native_targets, targets
 from tests.fuzz.mutator import Mutator
 
 EXECUTIONS = 4000
-SLOW = {"ram_records": 800, "ram": 2500, "discards": 2500}
+SLOW = {"incoming": 1200, "ram_records": 800, "ram": 2500, "discards": 2500}
 """Changed inputs for each target: some seconds."""
 pytestmark = pytest.mark.timeout(150)  # the C core is built with sanitizers
 

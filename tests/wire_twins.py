@@ -258,7 +258,7 @@ class Postcopy(Core):
         super().__init__(blocks)
         self.shards = [self._shard(index) for index in range(SHARDS)]
         for shard in self.shards:
-            thread = threading.Thread(target=shard.place_loop)
+            thread = threading.Thread(target=shard.place_loop, daemon=True)
             thread.start()
             self._exit.callback(thread.join)
             self._exit.callback(shard.stop)
@@ -334,7 +334,7 @@ class StraightPostcopy(Straight):
             for block, fd in enumerate(self._fds):
                 shard.add_block(block, None, fd)
             shard.listen()
-            thread = threading.Thread(target=shard.place_loop)
+            thread = threading.Thread(target=shard.place_loop, daemon=True)
             thread.start()
             self._exit.callback(thread.join)
             self._exit.callback(shard.stop)

@@ -22,6 +22,19 @@ def _stream() -> Iterable[bytes]:
     yield from (case.stream for case in bad_stream_cases.BAD if len(case.stream) < 1000)
 
 
+def _incoming() -> Iterable[bytes]:
+    """Streams that are taken to their end, too."""
+    yield from _stream()
+    head = stream_cases.READY + writer.open_return_path() + writer.postcopy_advise()
+    rest = b"".join(writer.zero_page(None, page << 12) for page in range(1, 16))
+    all_pages = writer.page("pc.ram", 0, stream_cases.DATA) + rest + writer.zero_page("pc.bios", 0)
+    discard = writer.discard("pc.ram", [(0, 0x10000)]) + writer.discard("pc.bios", [(0, 4096)])
+    switch = discard * 2 + writer.packaged(stream_cases.DEVICE, (3, 0x42))
+    pages = writer.ram_section(all_pages)
+    yield head + pages + switch + pages + writer.ram_section(b"", last=True) + writer.eof()
+    yield head + switch + writer.ping(4) + writer.ram_section(all_pages, last=True) + writer.eof()
+
+
 def _return_path() -> Iterable[bytes]:
     yield rp.req_pages(0x3000, 0x1000, "pc.ram") + rp.req_pages(0x5000, 0x2000) + rp.shut()
     yield rp.pong(1) + b"".join(rp.req_span(0, 5 << 30, "n" * 255))
@@ -134,6 +147,7 @@ _SEEDS: dict[str, Callable[[], Iterable[bytes]]] = {
     "command_line": _command_line,
     "control_socket": _control_socket,
     "discards": _discards,
+    "incoming": _incoming,
     "info_ramblock": _info_ramblock,
     "json_values": _json_values,
     "message": _message,
