@@ -23,8 +23,8 @@ def _stream() -> Iterable[bytes]:
 
 
 def _incoming() -> Iterable[bytes]:
-    """Streams that are taken to their end, too."""
-    yield from _stream()
+    """Streams that are taken to their end: what is wrong is for the mutations."""
+    yield from (case.stream for case in stream_cases.GOOD[:3])
     head = stream_cases.READY + writer.open_return_path() + writer.postcopy_advise()
     rest = b"".join(writer.zero_page(None, page << 12) for page in range(1, 16))
     all_pages = writer.page("pc.ram", 0, stream_cases.DATA) + rest + writer.zero_page("pc.bios", 0)
