@@ -34,6 +34,8 @@ static void tell(sp_ram *r, uint32_t index)
 sp_status sp_hand_await(sp_ram *r, uint32_t index, bool (*ready)(sp_shard *))
 {
     sp_shard *s = sp_ram_shard(r, index);
+    if (!ready(s)) /* a reader before us, whose connection was lost, may have left it untold */
+        r->unrung |= 1ULL << index;
     while (!ready(s)) {
         tell(r, index);
         uint32_t seen = sp_bell_prepare(&s->space);

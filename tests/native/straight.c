@@ -322,6 +322,21 @@ static void check_unsent(void)
     world_free(w);
 }
 
+/* A reader that went (its connection was lost) left work untold: who waits for it wakes the worker. */
+static void check_untold_work(void)
+{
+    world *w = world_new(1);
+    world_go_straight(w);
+    sp_shard *s = &w->control->shards[0];
+    const sp_desc left = {0, 1, 0, 0, SP_DESC_ZERO};
+    CHECK(sp_ring_push(&s->background, &left));
+    uint32_t rung = atomic_load(&s->work.rung);
+    atomic_store(w->stop, 1);
+    CHECK_EQ(sp_hand_drain(w->ram), SP_STOPPED);
+    CHECK(atomic_load(&s->work.rung) != rung);
+    world_free(w);
+}
+
 void straight_suite(void)
 {
     uint64_t spills = 0;
@@ -335,4 +350,5 @@ void straight_suite(void)
     check_first_wins(1, 2);
     check_first_wins(0, 2);
     check_first_wins(1, 0);
+    check_untold_work();
 }
