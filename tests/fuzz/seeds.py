@@ -11,7 +11,7 @@ from sharded_pc.attach import protocol
 from sharded_pc.wire import return_path as rp
 from sharded_pc.wire import writer
 from tests import bad_stream_cases, stream_cases, wire_cases
-from tests.fuzz.targets import attaching
+from tests.fuzz.targets import attaching, incoming
 
 SCM_MAX_FD = 253
 """Of attach/preload/message.h too: one descriptor comes with each block."""
@@ -32,12 +32,18 @@ def _incoming() -> Iterable[bytes]:
     switch = discard * 2 + writer.packaged(stream_cases.DEVICE, (3, 0x42))
     pages = writer.ram_section(all_pages)
     yield head + pages + switch + pages + writer.ram_section(b"", last=True) + writer.eof()
-    yield head + switch + writer.ping(4) + writer.ram_section(all_pages, last=True) + writer.eof()
+    rest = writer.ram_section(all_pages, last=True) + writer.eof()
+    yield head + switch + writer.ping(4) + rest
+    bitmaps = writer.recv_bitmap("pc.ram") + writer.recv_bitmap("pc.bios")
+    recovery = bitmaps + writer.postcopy_resume()
+    cut = pages[: len(pages) // 2]
+    yield head + switch + cut + incoming.LOST + recovery + cut + incoming.LOST + recovery + rest
 
 
 def _return_path() -> Iterable[bytes]:
     yield rp.req_pages(0x3000, 0x1000, "pc.ram") + rp.req_pages(0x5000, 0x2000) + rp.shut()
-    yield rp.pong(1) + b"".join(rp.req_span(0, 5 << 30, "n" * 255))
+    yield rp.pong(1) + rp.req_pages(5 << 30, 4096, "n" * 255)
+    yield rp.recv_bitmap("pc.ram", bytes(16)) + rp.recv_bitmap("a", b"") + rp.resume_ack()
 
 
 def _addresses() -> Iterable[bytes]:
@@ -78,6 +84,10 @@ def _json_values() -> Iterable[bytes]:
 def _control_socket() -> Iterable[bytes]:
     yield b'{"execute": "qmp_capabilities", "id": [{"a": 1.5}]}\n{"execute": "query-migrate"}'
     yield b'{"execute": "qmp_capabilities"}{"execute": "query-commands"}{"execute": "quit"}'
+    yield (
+        b'{"execute": "qmp_capabilities"}'
+        b'{"execute": "migrate-recover", "arguments": {"uri": "unix:/tmp/a"}, "id": null}'
+    )
     yield b'{"execute": "qmp_capabilities", "id": ' + b"[" * 900 + b"]" * 900 + b"}"
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 
-from sharded_pc.observe.qmp import QmpServer
+from sharded_pc.errors import HostError
+from sharded_pc.observe.qmp import Command, QmpServer
 
 TOKENS = (
     b'{"execute":"qmp_capabilities"}',
     b'{"execute":"query-migrate","id":1}',
     b'"id":',
     b'"arguments":{}',
+    b'{"execute":"migrate-recover","arguments":{"uri":"tcp:a:1"}}',
     b"null",
     b"NaN",
     b"[",
@@ -46,7 +48,17 @@ class _Server(QmpServer):
     """Without a socket."""
 
     def __init__(self) -> None:
-        self._commands = {"query-migrate": lambda: {"status": "active"}, "quit": dict}
+        commands = (
+            Command("query-commands", lambda: [{"name": name} for name in self._names()]),
+            Command("query-migrate", lambda: {"status": "active"}),
+            Command("migrate-recover", _recover, {"uri": str}),
+            Command("quit", lambda: None),
+        )
+        self._commands = {command.name: command for command in commands}
+
+
+def _recover(uri: str) -> None:
+    raise HostError(f"nobody is at {uri}")
 
 
 def _strict(text: str) -> dict:

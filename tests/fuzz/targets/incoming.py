@@ -1,5 +1,6 @@
 """A whole migration as a receiver with `continue` takes it: parser, states and C core together.  It
-completes with all pages, or ends with an error that says who is to blame."""
+completes with all pages, or ends with an error that says who is to blame.  LOST in an input ends
+a connection; the recovery's stream follows."""
 
 from __future__ import annotations
 
@@ -12,13 +13,20 @@ from sharded_pc.errors import HostError, ShardedPcError
 from sharded_pc.incoming import Incoming
 from sharded_pc.native.guests import Guests
 from sharded_pc.state import MigrationStatus, PostcopyState
-from sharded_pc.wire import return_path
+from sharded_pc.wire import return_path, writer
 from sharded_pc.wire.feed import Feed
 from tests import wire_twins
 from tests.fuzz.targets import stream
 from tests.stream_cases import BLOCKS, DATA
 
-TOKENS = (*stream.TOKENS, DATA)
+LOST = b"!lost!"
+TOKENS = (
+    *stream.TOKENS,
+    DATA,
+    LOST,
+    writer.recv_bitmap("pc.ram"),
+    writer.postcopy_resume(),
+)
 
 
 class _Memory:
@@ -47,6 +55,7 @@ class _Memory:
         control = self.core.control
         control.exchange_postcopy_state(PostcopyState.NONE)
         control.status = MigrationStatus.NONE
+        control.note_transferred(0)
         self.core.received.clear(0, self.core.received.bits)
 
 
@@ -56,15 +65,17 @@ class _Connection:
     def __init__(self, memory: _Memory) -> None:
         self.sent = b""
         self.guests = memory.guests
-        self._aliases = memory.core.aliases
+        self.aliases = memory.core.aliases
 
     def post(self, message: bytes) -> None:
         self.sent += message
 
-    def define(self, blocks: tuple) -> list:
+    def send_bitmap(self, block: int) -> None:
+        assert 0 <= block < len(BLOCKS)
+
+    def define(self, blocks: tuple) -> None:
         if blocks != BLOCKS:
             raise HostError("other blocks")
-        return self._aliases
 
     def load_devices(self, data: bytes) -> None:
         assert isinstance(data, bytes)
@@ -81,24 +92,29 @@ def one_input(data: bytes) -> None:
     shared = _memory()
     shared.renew()
     connection = _Connection(shared)
-    completed = _receive(data, shared, connection)
+    first, *recoveries = data.split(LOST)
+    completed = _receive(first, shared, connection, resumes=False)
+    for part in recoveries:
+        if completed or shared.core.control.postcopy_state is not PostcopyState.RUNNING:
+            break
+        completed = _receive(part, shared, connection, resumes=True)
     assert completed == (shared.core.control.status is MigrationStatus.COMPLETED)
     if completed and shared.core.control.postcopy_state is PostcopyState.END:
         assert shared.received_pages() == [block.pages for block in BLOCKS]
     said = Feed(return_path.messages()).feed(connection.sent)
     shut = [each for each in said if isinstance(each, return_path.Shut)]
-    assert shut == said[-1:] if completed and said else not shut
+    assert shut == (said[-1:] if completed else [])
 
 
-def _receive(data: bytes, shared: _Memory, connection: _Connection) -> bool:
+def _receive(data: bytes, shared: _Memory, connection: _Connection, *, resumes: bool) -> bool:
+    """True if it completed."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.sendall(data)  # an input fits into the socket's buffer
         ours.shutdown(socket.SHUT_WR)
-        fd, stop = theirs.fileno(), shared.core.stop
-        incoming = Incoming(shared.memory, fd, stop, connection, connection)
+        where = (shared.memory, theirs.fileno(), shared.core.stop)
         try:
-            incoming.run()
+            Incoming(*where, connection, connection, resumes=resumes).run()
         except ShardedPcError as error:
             assert str(error)
             return False
