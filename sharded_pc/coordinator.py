@@ -122,8 +122,8 @@ class Coordinator:
             settings, self.memory, self.shards, populator, self._huge_pages, self._ending,
             self._tell_status,
         )  # fmt: skip
-        for process in self.shards.processes:
-            process.on_trouble = self.migration.trouble
+        self.shards.on_restart = self.migration.ask_again
+        self.shards.on_trouble = self.migration.trouble
         if self.resumes:
             await self.migration.take_up(self._guests_before)
         await self._open_sockets()
@@ -168,8 +168,7 @@ class Coordinator:
         count = self.memory.control.view.n_shards
         self.shards = Shards(self.memory, count, self._guests)
         self._exit.push_async_callback(self.shards.stop)
-        for process in self.shards.processes:
-            process.on_trouble = self._ending.because
+        self.shards.on_trouble = self._ending.because
         await self.shards.ready()
 
     async def _open_sockets(self) -> None:
@@ -196,8 +195,7 @@ class Coordinator:
         shards, patience = self.shards, self.settings.attach_step_seconds
         server = AttachServer(path, self.memory, shards.add_guest, shards.drop_guest, patience)
         self._exit.push_async_callback(server.close)
-        for process in shards.processes:
-            process.on_guest_trouble = server.broken
+        shards.on_guest_trouble = server.broken
         self.migration.attach = self._attach = server
 
     async def _make_destination(self) -> None:
@@ -252,6 +250,7 @@ class Coordinator:
             if self.resumes:
                 self._on_listening(None)
                 self._tell_started()
+                self.shards.keep_spare()
                 await self.migration.resume()
             else:
                 await self.migration.receive(await self._connected(), self._record_fd)
@@ -263,6 +262,7 @@ class Coordinator:
     async def _connected(self) -> Connection:
         self._on_listening(self._listener.address)
         self._tell_started()
+        self.shards.keep_spare()
         wire = await self._ending.unless_over(self._listener.accept())
         return Connection(wire, self._listener, self.memory, self._ending)
 

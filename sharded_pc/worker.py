@@ -5,7 +5,8 @@ coordinator over a pipe; the placement loop and one fault loop for each guest ru
 their own.  It ends when told to, when the pipe closes (the coordinator is gone), or when a page
 cannot be placed, which it reports first.
 
-Messages are tuples: the coordinator sends (word, *arguments) and gets ("ok", ...) or
+It starts without a shard, so that it can be started ahead of the need for it; the first message
+says which shard it is.  Messages are tuples: the coordinator sends (word, *arguments) and gets ("ok", ...) or
 ("error", text) for each; ("broken", text) and ("guest-broken", slot, text) come unasked.
 """
 
@@ -187,35 +188,41 @@ def _interrupt(thread: threading.Thread) -> None:
 class _Process:
     """The messages of the coordinator, obeyed one by one."""
 
-    def __init__(self, conn: Connection, name: str, index: int) -> None:
+    def __init__(self, conn: Connection, name: str) -> None:
         self._conn = conn
         self._send_lock = threading.Lock()
-        self._worker = ShardWorker(GuestMemory.open(name), index)
-        self._worker.on_broken = lambda text: self.send("broken", text)
-        self._worker.on_guest_broken = lambda slot, text: self.send("guest-broken", slot, text)
-        self._handlers: dict[str, Callable] = {
-            "geometry": self._geometry,
-            "prepare": self._worker.prepare,
-            "listen": self._listen,
-            "guest": self._guest,
-            "drop": self._worker.drop_guest,
-        }
+        self._memory = GuestMemory.open(name)
+        self._worker: ShardWorker | None = None
+        self._handlers: dict[str, Callable] = {"shard": self._shard}
 
     def send(self, *message: object) -> None:
         with self._send_lock, contextlib.suppress(BrokenPipeError):
             self._conn.send(message)
 
-    def _geometry(self) -> None:
-        self._worker.geometry()
-        self._worker.start_placing()
+    def _shard(self, index: int) -> None:
+        worker = self._worker = ShardWorker(self._memory, index)
+        worker.on_broken = lambda text: self.send("broken", text)
+        worker.on_guest_broken = lambda slot, text: self.send("guest-broken", slot, text)
 
-    def _listen(self, wire: bool = False) -> None:
-        """With `wire` its descriptor follows on the pipe."""
-        self._worker.listen(reduction.recv_handle(self._conn) if wire else -1)
+        def geometry() -> None:
+            worker.geometry()
+            worker.start_placing()
 
-    def _guest(self, slot: int, addresses: list[int], mode: int) -> None:
-        """The userfaultfd follows on the pipe."""
-        self._worker.add_guest(slot, addresses, mode, reduction.recv_handle(self._conn))
+        def listen(wire: bool = False) -> None:
+            """With `wire` its descriptor follows on the pipe."""
+            worker.listen(reduction.recv_handle(self._conn) if wire else -1)
+
+        def guest(slot: int, addresses: list[int], mode: int) -> None:
+            """The userfaultfd follows on the pipe."""
+            worker.add_guest(slot, addresses, mode, reduction.recv_handle(self._conn))
+
+        self._handlers |= {
+            "geometry": geometry,
+            "prepare": worker.prepare,
+            "listen": listen,
+            "guest": guest,
+            "drop": worker.drop_guest,
+        }
 
     def serve(self) -> None:
         """Until told to stop, or the coordinator is gone: then guests wait for its successor."""
@@ -223,7 +230,8 @@ class _Process:
         with contextlib.suppress(EOFError, ConnectionResetError):
             while (message := self._conn.recv()) != ("stop",):
                 self._obey(*message)
-        self._worker.stop()
+        if self._worker is not None:
+            self._worker.stop()
 
     def _obey(self, word: str, *arguments: object) -> None:
         try:
@@ -234,10 +242,10 @@ class _Process:
             self.send("ok")
 
 
-def main(conn: Connection, name: str, index: int) -> None:
+def main(conn: Connection, name: str) -> None:
     """Entry of the process."""
     try:
-        process = _Process(conn, name, index)
+        process = _Process(conn, name)
     except (ShardedPcError, OSError) as error:
         conn.send(("error", str(error)))
         return

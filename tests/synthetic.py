@@ -208,7 +208,7 @@ class Receiving:
         self._loop.call_soon_threadsafe(self.coordinator.quit)
 
     def worker_pids(self) -> list[int]:
-        return [process.process.pid for process in self.coordinator.shards.processes]
+        return self.coordinator.shards.pids()
 
     def received(self) -> int:
         return sum(self.coordinator.memory.received_pages())
@@ -305,10 +305,14 @@ class LoneReceiver:
         for index in range(shards):
             worker = ShardWorker(GuestMemory.open(self.memory.name), index)
             self._workers.append(worker)
-            worker.on_broken = self.broken.append
+            worker.on_broken = functools.partial(self._note_broken, index)
             worker.geometry()
             worker.start_placing()
         self.aliases = self._populator.aliases
+
+    def _note_broken(self, index: int, text: str) -> None:
+        self.broken.append(text)
+        self.memory.control.note_failed(index, failed=True)
 
     def one_channel(self) -> None:
         pass

@@ -75,8 +75,7 @@ class Rig:
         self.memory.pool.map[:] = bytes([FILLING]) * self.memory.pool.size
         self._shards = Shards(self.memory, self._workers, self._guests)
         self._exit.push_async_callback(self._shards.stop)
-        for process in self._shards.processes:
-            process.on_trouble = self._on_trouble
+        self._shards.on_trouble = self._on_trouble
         await self._shards.ready()
         for word in ("geometry", "prepare", "listen"):
             await self._shards.tell(word)

@@ -136,16 +136,18 @@ void sp_waiter_note(sp_shard *s, uint64_t bit, uint64_t ns)
 {
     sp_waiter *e = &s->waiters[(bit * 0x9E3779B97F4A7C15ULL) >> 54];
     uint64_t expected = 0;
-    if (atomic_load(&e->bit) != 0)
-        return;
-    atomic_store(&e->ns, ns);
-    atomic_compare_exchange_strong(&e->bit, &expected, bit + 1);
+    if (atomic_load(&e->bit) == 0) {
+        atomic_store(&e->ns, ns);
+        if (atomic_compare_exchange_strong(&e->bit, &expected, bit + 1))
+            return;
+    }
+    sp_count(&s->counters.lost_samples, 1);
 }
 
 void sp_waiter_end(sp_shard *s, uint64_t bit, uint64_t now_ns)
 {
     sp_waiter *e = &s->waiters[(bit * 0x9E3779B97F4A7C15ULL) >> 54];
     uint64_t ns = atomic_load(&e->ns), mine = bit + 1;
-    if (atomic_compare_exchange_strong(&e->bit, &mine, 0) && now_ns > ns)
-        sp_latency_add(s, now_ns - ns);
+    if (atomic_compare_exchange_strong(&e->bit, &mine, 0))
+        sp_latency_add(s, now_ns > ns ? now_ns - ns : 0);
 }

@@ -15,7 +15,7 @@
 #include "bitmap.h"
 #include "ring.h"
 
-#define SP_CONTROL_MAGIC 0x6374726c73706334ULL /* "ctrlspc4" */
+#define SP_CONTROL_MAGIC 0x6374726c73706335ULL /* "ctrlspc5" */
 #define SP_PAGE_BYTES 4096u
 #define SP_POOL_SLOTS 256u /* tmp pages of a shard: 1 MiB, the most a requested page waits behind */
 #define SP_MAX_BLOCKS 250u /* an attaching guest gets one descriptor per block in one message */
@@ -37,7 +37,7 @@ typedef struct sp_block {
 } sp_block;
 
 /* When a guest's fault on a page was read.  One entry per hash: a collision loses a sample of the
- * latency statistics, never a fault.  Writer: fault loop (ns, then bit); whoever makes the page
+ * latency statistics (`lost_samples`), never a fault.  Writer: fault loop (ns, then bit); whoever makes the page
  * visible clears bit. */
 #define SP_WAITERS 1024u
 typedef struct sp_waiter {
@@ -60,6 +60,8 @@ typedef struct sp_counters {
     _Atomic uint64_t faults;        /* fault: messages read */
     _Atomic uint64_t requests;      /* fault: pages asked of the source */
     _Atomic uint64_t late_faults;   /* fault: page was there when the message was read */
+    _Atomic uint64_t lost_samples;  /* fault: messages that have none below: another thread waited for
+                                     * that page already, or for one with the same waiter */
     _Atomic uint64_t latency_ns;    /* sum over the buckets below */
     _Atomic uint64_t latency[SP_LATENCY_BUCKETS];
 } sp_counters;
@@ -71,9 +73,10 @@ typedef struct sp_shard {
     alignas(64) _Atomic uint64_t slots_taken; /* writer: coordinator */
     _Atomic uint64_t discards_sent;           /* writer: coordinator */
     alignas(64) _Atomic uint64_t discards_done; /* writer: placement loop, release */
-    _Atomic uint32_t failed;                  /* writer: placement loop: errno, 0 while well */
+    _Atomic uint32_t beats;                   /* writer: placement loop: it goes on */
+    _Atomic uint32_t failed;                  /* writer: coordinator: no worker will come; 0 while one does */
     _Atomic uint32_t pid;                     /* writer: coordinator */
-    _Atomic uint32_t restarts;                /* writer: coordinator */
+    _Atomic uint32_t restarts;                /* writer: coordinator: successors it has started */
     alignas(64) sp_counters counters;
     sp_waiter waiters[SP_WAITERS];
     sp_ring background;              /* coordinator to worker: pages, zeros, discards, in order */

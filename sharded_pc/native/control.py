@@ -56,11 +56,13 @@ class ShardCounters:
     faults: int
     requests: int
     late_faults: int
+    lost_samples: int
     latency_ns: int
     latency: tuple[int, ...]
     queued: int
     discards_sent: int
     discards_done: int
+    beats: int
     failed: int
     pid: int
     restarts: int
@@ -208,9 +210,21 @@ class Control:
         """A dead coordinator's segment, whose workers are dead too, becomes the `owner`'s."""
         lib.sp_control_take_over(self.raw, owner)
 
-    def take_back_writer(self, shard: int) -> None:
-        """A shard's worker is dead: the return path does not wait for what it was writing."""
-        lib.sp_rp_take_back(self.raw, shard)
+    def note_death(self, index: int) -> None:
+        """A shard's worker is dead and reaped: the return path does not wait for what it was
+        writing, nor anybody for what it was about to say."""
+        lib.sp_note_death(self.raw, index)
+
+    def note_restart(self, index: int) -> None:
+        lib.sp_note_restart(self.raw, index)
+
+    def note_failed(self, index: int, *, failed: bool) -> None:
+        """Whether a shard's pages will be placed by nobody: the stream ends when it meets one."""
+        lib.sp_note_failed(self.raw, index, failed)
+
+    def beats(self, index: int) -> int:
+        """A number that changes while the shard's placement loop goes on, at least every 0.1 s."""
+        return lib.sp_shard_beats(self.raw, index)
 
     def note_guest(self, slot: int, pid: int) -> None:
         """The process that is attached there; 0: it has left."""

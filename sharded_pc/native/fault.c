@@ -145,8 +145,10 @@ static sp_status handle_batch(sp_worker *w, uint32_t guest, const struct uffd_ms
     if (k > 1)
         qsort(faults, (size_t)k, sizeof *faults, by_page);
     for (int i = 0; i < k; i++) {
-        if (i && same(&faults[i], &faults[i - 1]))
+        if (i && same(&faults[i], &faults[i - 1])) {
+            sp_count(&w->shard->counters.lost_samples, 1);
             continue;
+        }
         if (!handle(w, guest, &faults[i], now)) {
             *err = ENOSPC;
             return SP_SYS;

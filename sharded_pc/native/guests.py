@@ -23,8 +23,8 @@ class Guests:
         """The segment that holds a block."""
         self.raw.fd[index] = fd
 
-    def add(self, slot: int, uffds: Sequence[int], addresses: Sequence[int]) -> None:
-        """`uffds`: one for each shard, copied; `addresses`: one for each block, 0: not mapped."""
+    def add(self, slot: int, uffds: Sequence[int], addresses: Sequence[int]) -> list[int]:
+        """Returns this table's copies of `uffds`, one for each shard; `addresses`: one for each block, 0: not mapped."""
         own: list[int] = []
         try:
             own += (os.dup(fd) for fd in uffds)
@@ -34,6 +34,7 @@ class Guests:
                 os.close(fd)
             raise
         self._uffds[slot] = own
+        return own
 
     def drop(self, slot: int) -> None:
         """Does nothing if there is no such guest."""

@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "return_path.h"
+
 #define LOOK(field) atomic_load_explicit(&(field), memory_order_relaxed)
 #define COPY(from, name) v->name = LOOK((from)->name)
 
@@ -65,6 +67,7 @@ int sp_view_shard(sp_control *c, uint32_t index, sp_shard_view *v)
     COPY(n, faults);
     COPY(n, requests);
     COPY(n, late_faults);
+    COPY(n, lost_samples);
     COPY(n, latency_ns);
     for (unsigned i = 0; i < SP_LATENCY_BUCKETS; i++)
         v->latency[i] = LOOK(n->latency[i]);
@@ -72,6 +75,7 @@ int sp_view_shard(sp_control *c, uint32_t index, sp_shard_view *v)
     v->queued = LOOK(s->background.head) - tail;
     COPY(s, discards_sent);
     COPY(s, discards_done);
+    COPY(s, beats);
     COPY(s, failed);
     COPY(s, pid);
     COPY(s, restarts);
@@ -113,6 +117,30 @@ void sp_note_time(sp_control *c, int what)
 void sp_note_shard(sp_control *c, uint32_t index, uint32_t pid)
 {
     atomic_store(&c->shards[index].pid, pid);
+}
+
+void sp_note_death(sp_control *c, uint32_t index)
+{
+    sp_shard *s = &c->shards[index];
+    sp_rp_take_back(c, index);
+    atomic_store(&s->work.waiting, 0); /* nobody else waits there */
+    sp_bell_ring(&s->space);           /* what it freed last it may not have said */
+}
+
+void sp_note_restart(sp_control *c, uint32_t index)
+{
+    atomic_fetch_add(&c->shards[index].restarts, 1);
+}
+
+void sp_note_failed(sp_control *c, uint32_t index, int failed)
+{
+    atomic_store(&c->shards[index].failed, (uint32_t)failed);
+    sp_bell_ring(&c->shards[index].space);
+}
+
+uint32_t sp_shard_beats(const sp_control *c, uint32_t index)
+{
+    return LOOK(c->shards[index].beats);
 }
 
 void sp_note_guest(sp_control *c, uint32_t slot, uint32_t pid)

@@ -21,11 +21,11 @@ typedef struct sp_totals_view {
 
 typedef struct sp_shard_view {
     uint64_t pages, zero_pages, second_pages, copies, mapped, urgent, wakes, discarded;
-    uint64_t unpunched, faults, requests, late_faults, latency_ns;
+    uint64_t unpunched, faults, requests, late_faults, lost_samples, latency_ns;
     uint64_t latency[SP_LATENCY_BUCKETS];
     uint64_t queued; /* descriptors in the background ring */
     uint64_t discards_sent, discards_done;
-    uint32_t failed, pid, restarts;
+    uint32_t beats, failed, pid, restarts;
 } sp_shard_view;
 
 typedef struct sp_block_view {
@@ -45,6 +45,12 @@ int sp_view_shard_of(sp_control *c, uint32_t block, uint64_t page);
 void sp_note_time(sp_control *c, int what);
 void sp_note_shard(sp_control *c, uint32_t index, uint32_t pid);
 void sp_note_guest(sp_control *c, uint32_t slot, uint32_t pid); /* 0: it has left */
+/* Its worker is dead and reaped: nobody waits for what it held or was about to say. */
+void sp_note_death(sp_control *c, uint32_t index);
+void sp_note_restart(sp_control *c, uint32_t index);
+/* Whether somebody will place this shard's pages: whoever waits for that ends if not. */
+void sp_note_failed(sp_control *c, uint32_t index, int failed);
+uint32_t sp_shard_beats(const sp_control *c, uint32_t index);
 void sp_note_back_lost(sp_control *c);
 void sp_note_ram_section(sp_control *c, uint32_t number);
 void sp_note_destination(sp_control *c, uint32_t pid, uint64_t start);

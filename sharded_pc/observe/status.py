@@ -65,6 +65,7 @@ def shard_info(index: int, shard: ShardCounters) -> dict:
         "urgent-pages": shard.urgent,
         "faults": shard.faults,
         "late-faults": shard.late_faults,
+        "lost-samples": shard.lost_samples,
         "postcopy-requests": shard.requests,
         "copies": shard.copies,
         "mapped-pages": shard.mapped,
