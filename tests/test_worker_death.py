@@ -1,0 +1,554 @@
+"""A worker dies or hangs: its successor takes over, and no guest notices more than a pause."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from sharded_pc.errors import ShardError
+from sharded_pc.geometry import PAGE_BYTES, Geometry, Placement
+from sharded_pc.memory import GuestMemory
+from sharded_pc.native.guests import Guests
+from sharded_pc.shards import Shards, shard, watch
+from sharded_pc.testing.oracle import DIRTIED
+from sharded_pc.wire import writer
+from tests.qemu import wait_until
+from tests.synthetic import (
+    BLOCKS,
+    ORACLE,
+    STRIPE_BYTES,
+    WAIT_S,
+    Background,
+    GuestProcess,
+    Receiving,
+    StepSource,
+    missing_pages,
+    open_source,
+)
+
+pytestmark = [pytest.mark.uffd, pytest.mark.usefixtures("placement")]
+
+MISSING = missing_pages(ORACLE, 0)
+TOTAL = sum(block.pages for block in BLOCKS)
+STRIPE_PAGES = STRIPE_BYTES // PAGE_BYTES
+PAGE = next(page for page in MISSING if page >= STRIPE_PAGES)
+"""A missing one of shard 1."""
+
+
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks whether a worker is stopped: the test says when it dies."""
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 3600)
+
+
+def restarts(receiver: Receiving) -> list[int]:
+    return [shard.restarts for shard in receiver.coordinator.memory.control.shards()]
+
+
+def wait_restarts(receiver: Receiving, count: int) -> None:
+    wait_until(lambda: sum(restarts(receiver)) >= count, f"{count} successors", WAIT_S)
+
+
+def kill(receiver: Receiving, index: int = 1, signo: int = signal.SIGKILL) -> None:
+    """Returns when the successor serves."""
+    count = sum(restarts(receiver))
+    os.kill(receiver.worker_pids()[index], signo)
+    wait_restarts(receiver, count + 1)
+
+
+def stop(pid: int) -> None:
+    """Returns when it is stopped, which a signal is not at once."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+
+
+def begin(receiver: Receiving, source: StepSource, *guests: GuestProcess) -> None:
+    source.begin()
+    source.wait_switched()
+    for guest in guests:
+        guest.ask("attach", receiver.attach)
+
+
+def complete(
+    receiver: Receiving, source: StepSource, *guests: GuestProcess, waiting: bool = False
+) -> dict:
+    """All pages come, and every guest finds them right: at once, if it was `waiting` for one."""
+    Background(source.end).result()
+    assert not waiting or [guest.answer() for guest in guests] == [None] * len(guests)
+    info = receiver.finish()
+    assert [guest.ask("visit_all") for guest in guests] == [[]] * len(guests)
+    assert [block["received-pages"] for block in info["blocks"]] == [b.pages for b in BLOCKS]
+    return info
+
+
+def bit(receiver: Receiving, page: int, block: int = 0) -> int:
+    return receiver.coordinator.memory.control.block(block)[2] + page
+
+
+# --- before the switch ---
+
+
+def test_before_the_block_list(tmp_path, unique_name):
+    with (
+        Receiving(tmp_path, unique_name) as receiver,
+        GuestProcess() as guest,
+        open_source(receiver.sock) as source,
+    ):
+        kill(receiver, 0)
+        begin(receiver, source, guest)
+        info = complete(receiver, source, guest)
+    assert [shard["restarts"] for shard in info["sharded"]["shards"]] == [1, 0]
+
+
+@pytest.mark.usefixtures("blind")
+def test_while_it_is_told_the_block_list(tmp_path, unique_name):
+    """The block list's reader waits for an answer that the dead worker did not give."""
+    with (
+        Receiving(tmp_path, unique_name) as receiver,
+        GuestProcess() as guest,
+        open_source(receiver.sock) as source,
+    ):
+        stop(receiver.worker_pids()[1])
+        source.set_up()
+        geometry = lambda: receiver.coordinator.memory.geometry  # noqa: E731
+        wait_until(lambda: geometry() is not None, "the block list", WAIT_S)
+        kill(receiver)
+        source.precopy()
+        source.switch()
+        source.wait_switched()
+        guest.ask("attach", receiver.attach)
+        complete(receiver, source, guest)
+
+
+@pytest.mark.usefixtures("blind")
+def test_with_discards_in_its_ring(tmp_path, unique_name, placement):
+    """`copy`: the successor does what its predecessor did not come to."""
+    with (
+        Receiving(tmp_path, unique_name) as receiver,
+        GuestProcess() as guest,
+        open_source(receiver.sock) as source,
+    ):
+        source.set_up()
+        source.precopy()
+        shards = receiver.coordinator.memory.control.shards
+        source._send(writer.discard(BLOCKS[0].name, [(PAGE * PAGE_BYTES, PAGE_BYTES)]))
+        totals = lambda: receiver.coordinator.memory.control.totals  # noqa: E731
+        wait_until(lambda: totals().discarded and not shards()[1].queued, "a discard", WAIT_S)
+        stop(receiver.worker_pids()[1])
+        source.switch()
+        if placement is Placement.COPY:
+            wait_until(lambda: shards()[1].queued >= 5, "discards", WAIT_S)
+        kill(receiver)
+        source.wait_switched()
+        guest.ask("attach", receiver.attach)
+        complete(receiver, source, guest)
+
+
+# --- a guest waits ---
+
+
+@pytest.mark.parametrize("signo", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
+def test_a_page_that_was_asked_for(tmp_path, unique_name, signo):
+    """It is asked for again: the first request may have been lost on its way."""
+    with (
+        Receiving(tmp_path, unique_name) as receiver,
+        GuestProcess() as guest,
+        open_source(receiver.sock) as source,
+    ):
+        begin(receiver, source, guest)
+        guest.say("visit", 0, [PAGE])
+        assert source.request() == (0, PAGE)
+        kill(receiver, 1, signo)
+        assert source.request() == (0, PAGE)
+        assert guest.silent()
+        source.send_pages(0, [PAGE])
+        assert guest.answer() is None
+        complete(receiver, source, guest)
+
+
+def test_a_page_that_was_claimed_and_not_asked_for(tmp_path, unique_name):
+    with (
+        Receiving(tmp_path, unique_name) as receiver,
+        GuestProcess() as guest,
+        open_source(receiver.sock) as source,
+    ):
+        begin(receiver, source, guest)
+        assert receiver.coordinator.memory.requested.claim(bit(receiver, PAGE))
+        kill(receiver)
+        guest.say("visit", 0, [PAGE])
+        assert source.request() == (0, PAGE)
+        complete(receiver, source, guest, waiting=True)
+
+
+@pytest.mark.usefixtures("blind")
+def test_a_fault_that_was_read_and_no_more(tmp_path, unique_name):
+    """Its message is gone with the dead worker: the waiter is woken, and faults once more."""
+    with (
+        Receiving(tmp_path, unique_name) as receiver,
+        GuestProcess() as guest,
+        open_source(receiver.sock) as source,
+    ):
+        begin(receiver, source, guest)
+        stop(receiver.worker_pids()[1])
+        guest.say("visit", 0, [PAGE])
+        uffd = receiver.coordinator.shards.guests._uffds[0][1]
+        assert len(Background(lambda: os.read(uffd, 32)).result()) == 32
+        kill(receiver)
+        assert source.request() == (0, PAGE)
+        complete(receiver, source, guest, waiting=True)
+
+
+def test_it_was_writing_on_the_return_path(tmp_path, unique_name):
+    """Nobody else may, until its word is taken back."""
+    with (
+        Receiving(tmp_path, unique_name) as receiver,
+        GuestProcess() as guest,
+        open_source(receiver.sock) as source,
+    ):
+        begin(receiver, source, guest)
+        receiver.coordinator.memory.control.raw.back_writer = 2
+        guest.say("visit", 0, [MISSING[0]])
+        wait_until(lambda: receiver.coordinator.memory.requested.test(bit(receiver, MISSING[0])),
+                   "the claim", WAIT_S)  # fmt: skip
+        assert not source.back.requests
+        kill(receiver)
+        assert source.request() == (0, MISSING[0])
+        complete(receiver, source, guest, waiting=True)
+
+
+def test_a_page_that_was_copied_and_not_marked(tmp_path, unique_name, placement):
+    """`copy`: it stands there, and its guest may have written to it."""
+    if placement is not Placement.COPY:
+        pytest.skip("n/a: with continue the coordinator marks pages")
+    page = next(p for p in MISSING if p >= STRIPE_PAGES and ORACLE.final(0)[p] == DIRTIED)
+    with (
+        Receiving(tmp_path, unique_name) as receiver,
+        GuestProcess() as guest,
+        open_source(receiver.sock) as source,
+    ):
+        begin(receiver, source, guest)
+        own = bytes([7]) * PAGE_BYTES
+        os.pwrite(receiver.coordinator.memory.blocks[0].fd, own, page * PAGE_BYTES)
+        kill(receiver)
+        source.send_pages(0, [page])
+        wait_until(lambda: receiver.coordinator.memory.received.test(bit(receiver, page)),
+                   "the mark", WAIT_S)  # fmt: skip
+        fd = receiver.coordinator.memory.blocks[0].fd
+        assert os.pread(fd, PAGE_BYTES, page * PAGE_BYTES) == own
+        source.end()
+        receiver.finish()
+
+
+def test_a_guest_comes_while_there_is_no_worker(tmp_path, unique_name):
+    with (
+        Receiving(tmp_path, unique_name) as receiver,
+        GuestProcess() as guest,
+        open_source(receiver.sock) as source,
+    ):
+        begin(receiver, source)
+        for pid in receiver.worker_pids():
+            os.kill(pid, signal.SIGKILL)
+        guest.ask("attach", receiver.attach)
+        guest.say("visit", 0, [PAGE])
+        assert source.request() == (0, PAGE)
+        complete(receiver, source, guest, waiting=True)
+        assert restarts_of(receiver) == [1, 1]
+
+
+def restarts_of(receiver: Receiving) -> list[int]:
+    return [shard["restarts"] for shard in receiver.finish()["sharded"]["shards"]]
+
+
+# --- in the middle of it all ---
+
+
+def flooded(source: StepSource, *guests: GuestProcess) -> Background:
+    """All guests read everything while it comes."""
+    for seed, guest in enumerate(guests):
+        guest.say("visit_all", seed, threads=4)
+    wait_until(lambda: len(source.back.requests) >= 4 * len(guests), "requests", WAIT_S)
+    return Background(source.postcopy)
+
+
+def survive(
+    receiver: Receiving, bandwidth: int, kills: Callable[[Receiving], None]
+) -> dict:
+    with contextlib.ExitStack() as stack:
+        guests = [stack.enter_context(GuestProcess()) for _ in range(3)]
+        source = stack.enter_context(open_source(receiver.sock, bandwidth=bandwidth))
+        begin(receiver, source, *guests)
+        flood = flooded(source, *guests)
+        kills(receiver)
+        flood.result()
+        assert [guest.answer() for guest in guests] == [[], [], []]
+        source.finish()
+        info = receiver.finish()
+        assert [guest.ask("visit_all", 7) for guest in guests] == [[], [], []]
+    assert [block["received-pages"] for block in info["blocks"]] == [b.pages for b in BLOCKS]
+    return info
+
+
+def test_ten_kills_in_a_flood(tmp_path, unique_name):
+    def kills(receiver: Receiving) -> None:
+        for n in range(10):
+            kill(receiver, n % 3)
+
+    with Receiving(tmp_path, unique_name, workers=3) as receiver:
+        info = survive(receiver, 2 << 20, kills)
+    assert [shard["restarts"] for shard in info["sharded"]["shards"]] == [4, 3, 3]
+
+
+def test_all_workers_at_once(tmp_path, unique_name):
+    def kills(receiver: Receiving) -> None:
+        for pid in receiver.worker_pids():
+            os.kill(pid, signal.SIGKILL)
+        wait_restarts(receiver, 3)
+
+    with Receiving(tmp_path, unique_name, workers=3) as receiver:
+        info = survive(receiver, 8 << 20, kills)
+    assert [shard["restarts"] for shard in info["sharded"]["shards"]] == [1, 1, 1]
+
+
+@pytest.mark.usefixtures("blind")
+def test_at_the_end(tmp_path, unique_name):
+    """It dies while it lets a guest go: a guest whose memory stayed registered would wait for ever
+    at the first hole."""
+    with (
+        Receiving(tmp_path, unique_name) as receiver,
+        GuestProcess() as guest,
+        open_source(receiver.sock) as source,
+    ):
+        begin(receiver, source, guest)
+        source.postcopy()
+        receiver.wait_received(TOTAL)
+        shards = receiver.coordinator.memory.control.shards
+        wait_until(lambda: not any(shard.queued for shard in shards()), "empty rings", WAIT_S)
+        stop(receiver.worker_pids()[1])
+        ending = Background(source.finish)
+        wait_until(receiver.coordinator._attach._over.is_set, "the end", WAIT_S)
+        kill(receiver)
+        ending.result()
+        receiver.finish()
+        assert guest.ask("wait") is True
+        assert guest.ask("visit_all") == []
+
+
+# --- workers that live and are of no use ---
+
+
+def test_a_page_that_cannot_be_placed(tmp_path, unique_name, placement):
+    """A worker that is broken is replaced, and its successor tries again."""
+    if placement is not Placement.COPY:
+        pytest.skip("n/a: with continue workers place nothing")
+    page = next(p for p in MISSING if p >= STRIPE_PAGES and ORACLE.final(0)[p] == DIRTIED)
+    with (
+        Receiving(tmp_path, unique_name) as receiver,
+        GuestProcess() as guest,
+        open_source(receiver.sock) as source,
+    ):
+        begin(receiver, source, guest)
+        memory = receiver.coordinator.memory
+        os.pwrite(memory.blocks[0].fd, b"stale" * 100, page * PAGE_BYTES)
+        memory.written.set(bit(receiver, page), 1)  # as a punch would that left it there
+        resource.prlimit(receiver.worker_pids()[1], resource.RLIMIT_FSIZE, (0, 0))
+        source.send_pages(0, [page])
+        wait_restarts(receiver, 1)
+        complete(receiver, source, guest)
+    assert restarts_of(receiver) == [0, 1]
+
+
+PTRACE_SEIZE, PTRACE_INTERRUPT, WALL = 0x4206, 0x4207, 0x40000000
+
+
+class Held:
+    """A thread that goes on no more, in a process that is not stopped.  The one who holds it has to
+    look after its end, too."""
+
+    def __init__(self, thread: int) -> None:
+        self._thread = thread
+        self.holds = threading.Event()
+        self._life = Background(self._hold)
+
+    def _hold(self) -> None:
+        ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+        for request in (PTRACE_SEIZE, PTRACE_INTERRUPT):
+            assert ptrace(request, self._thread, 0, 0) == 0, os.strerror(ctypes.get_errno())
+        os.waitpid(self._thread, WALL)
+        self.holds.set()
+        with contextlib.suppress(ChildProcessError):
+            while os.WIFSTOPPED(os.waitpid(self._thread, WALL)[1]):
+                pass
+
+    def end(self) -> None:
+        self._life.result()
+
+
+def thread_of(pid: int, name: str) -> int:
+    """Python's threads have no names there; the placement loop is the first one that was started."""
+    return sorted(int(tid) for tid in os.listdir(f"/proc/{pid}/task"))[1]
+
+
+def test_a_hang(tmp_path, unique_name):
+    """Its placement loop stands still while the process looks well."""
+    with (
+        Receiving(tmp_path, unique_name) as receiver,
+        GuestProcess() as guest,
+        open_source(receiver.sock) as source,
+    ):
+        begin(receiver, source, guest)
+        held = Held(thread_of(receiver.worker_pids()[1], "placement"))
+        assert held.holds.wait(WAIT_S)
+        wait_restarts(receiver, 1)
+        held.end()
+        complete(receiver, source, guest)
+
+
+class Looked:
+    """What Watch sees of a process."""
+
+    def __init__(self, *, stopped: bool = False) -> None:
+        self.index, self.places, self.stopped, self.reason = 0, True, stopped, ""
+
+    def is_stopped(self) -> bool:
+        return self.stopped
+
+    def kill(self, reason: str) -> None:
+        self.reason = reason
+
+
+LOOKS = round(watch.HANG_SECONDS / watch.LOOK_SECONDS)
+
+
+def test_who_is_late_himself_blames_nobody():
+    """A coordinator that was stopped, or did not get the processor, has not looked meanwhile."""
+    silent, stopped = Looked(), Looked(stopped=True)
+    watching = watch.Watch(lambda: [silent, stopped], lambda index: 5)
+    for _ in range(LOOKS // 2):
+        watching.look(late=30.0)
+    assert (silent.reason, stopped.reason) == ("", "")
+    watching.look(late=0.1)
+    assert "SIGSTOP" in stopped.reason and not silent.reason
+    for _ in range(LOOKS):
+        watching.look(late=0.0)
+    assert "hung" in silent.reason
+
+
+def test_a_beat_is_a_sign_of_life():
+    beats, process = iter(range(10 * LOOKS)), Looked()
+    watching = watch.Watch(lambda: [process], lambda index: next(beats))
+    for _ in range(5 * LOOKS):
+        watching.look(late=0.0)
+    assert not process.reason
+
+
+# --- those that die again and again ---
+
+
+def test_five_deaths_in_ten_seconds(tmp_path, unique_name):
+    with Receiving(tmp_path, unique_name) as receiver, open_source(receiver.sock) as source:
+        begin(receiver, source)
+        for _ in range(shard.DEATHS_MOST - 1):
+            kill(receiver)
+        pid = receiver.worker_pids()[1]
+        os.kill(pid, signal.SIGKILL)
+        expected = (
+            rf"^shard 1 lost 5 workers within 10 s: the worker of shard 1 \(pid {pid}\) died, "
+            "killed by signal 9$"
+        )
+        with pytest.raises(ShardError, match=expected):
+            receiver.finish()
+
+
+class Troubled:
+    """Shards without a coordinator."""
+
+    def __init__(self, name: str, count: int = 2) -> None:
+        self.memory = GuestMemory.create(name, count)
+        self.memory.define(Geometry.of(BLOCKS, count, STRIPE_BYTES), Placement.COPY)
+        self.trouble: list[ShardError] = []
+
+    async def __aenter__(self) -> Troubled:
+        self.guests = Guests(self.memory.control)
+        self.shards = Shards(self.memory, 2, self.guests)
+        self.shards.on_trouble = self.trouble.append
+        await self.shards.ready()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.shards.stop()
+        self.guests.close()
+        self.memory.unlink()
+        self.memory.close()
+
+    async def until(self, ready: Callable[[], bool]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not ready():
+                await asyncio.sleep(0.001)
+
+    def restarts(self) -> int:
+        return self.memory.control.shard(1).restarts
+
+    async def wear_out(self) -> None:
+        for n in range(shard.DEATHS_MOST):
+            await self.until(lambda n=n: self.restarts() == n)
+            os.kill(self.shards.pids()[1], signal.SIGKILL)
+        await self.until(lambda: bool(self.trouble))
+
+
+def test_given_up_and_revived(unique_name):
+    """Whoever tells a shard that was given up hears why; a recovery begins with a new worker, which
+    knows what all were told."""
+
+    async def main() -> None:
+        async with Troubled(unique_name) as troubled:
+            shards, control = troubled.shards, troubled.memory.control
+            await shards.tell("geometry")
+            await troubled.wear_out()
+            assert control.shard(1).failed and not control.shard(0).failed
+            with pytest.raises(ShardError, match="shard 1 lost 5 workers"):
+                await shards.tell("prepare")
+            shards.revive()
+            await shards.tell("listen")
+            beats = control.beats(1)
+            await troubled.until(lambda: control.beats(1) > beats)
+            assert not control.shard(1).failed
+
+    asyncio.run(main())
+
+
+def test_the_spare_is_the_successor_and_another_one_follows(unique_name):
+    async def main() -> None:
+        async with Troubled(unique_name) as troubled:
+            shards = troubled.shards
+            assert shards.spare_pid is None, "the start is not made slower"
+            shards.keep_spare()
+            spare = shards.spare_pid
+            os.kill(shards.pids()[1], signal.SIGKILL)
+            await troubled.until(lambda: troubled.restarts() == 1)
+            assert shards.pids()[1] == spare
+            assert shards.spare_pid not in (None, spare)
+
+    asyncio.run(main())
+
+
+def test_a_spare_that_dies_is_replaced(unique_name, monkeypatch):
+    monkeypatch.setattr("sharded_pc.shards.roster.SPARE_AGAIN_SECONDS", 0.01)
+
+    async def main() -> None:
+        async with Troubled(unique_name) as troubled:
+            shards = troubled.shards
+            shards.keep_spare()
+            spare = shards.spare_pid
+            os.kill(spare, signal.SIGKILL)
+            await troubled.until(lambda: shards.spare_pid not in (None, spare))
+            assert not troubled.trouble and troubled.restarts() == 0
+
+    asyncio.run(main())
