@@ -6,8 +6,8 @@ their own.  It ends when told to, when the pipe closes (the coordinator is gone)
 cannot be placed, which it reports first.
 
 It starts without a shard, so that it can be started ahead of the need for it; the first message
-says which shard it is.  Messages are tuples: the coordinator sends (word, *arguments) and gets ("ok", ...) or
-("error", text) for each; ("broken", text) and ("guest-broken", slot, text) come unasked.
+says which shard it is.  Messages are tuples: the coordinator sends (word, *arguments) and gets
+("ok", ...) or ("error", text) for each; ("broken", text) and ("guest-broken", slot, text) come unasked.
 """
 
 from __future__ import annotations

@@ -278,9 +278,7 @@ def flooded(source: StepSource, *guests: GuestProcess) -> Background:
     return Background(source.postcopy)
 
 
-def survive(
-    receiver: Receiving, bandwidth: int, kills: Callable[[Receiving], None]
-) -> dict:
+def survive(receiver: Receiving, bandwidth: int, kills: Callable[[Receiving], None]) -> dict:
     with contextlib.ExitStack() as stack:
         guests = [stack.enter_context(GuestProcess()) for _ in range(3)]
         source = stack.enter_context(open_source(receiver.sock, bandwidth=bandwidth))
@@ -391,8 +389,8 @@ class Held:
         self._life.result()
 
 
-def thread_of(pid: int, name: str) -> int:
-    """Python's threads have no names there; the placement loop is the first one that was started."""
+def placement_thread(pid: int) -> int:
+    """The first one that is started."""
     return sorted(int(tid) for tid in os.listdir(f"/proc/{pid}/task"))[1]
 
 
@@ -404,7 +402,7 @@ def test_a_hang(tmp_path, unique_name):
         open_source(receiver.sock) as source,
     ):
         begin(receiver, source, guest)
-        held = Held(thread_of(receiver.worker_pids()[1], "placement"))
+        held = Held(placement_thread(receiver.worker_pids()[1]))
         assert held.holds.wait(WAIT_S)
         wait_restarts(receiver, 1)
         held.end()

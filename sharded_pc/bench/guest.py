@@ -35,8 +35,8 @@ def regions(pages: int, threads: int) -> array:
 
 
 def _guest(conn: Connection, path: str, block: str) -> None:
-    """The process: (seed, threads, expected) is answered by (ns, latencies) or a text, FORGET by
-    itself."""
+    """The process: (seed, threads, expected, first, count) is answered by (ns, latencies) or a
+    text, FORGET by itself."""
     import sharded_pc
 
     with sharded_pc.attach(path, timeout=ANSWER_SECONDS) as guest:
@@ -53,11 +53,14 @@ def _forget(memory: memoryview) -> str:
     return FORGET
 
 
-def _touch(memory: memoryview, seed: int | None, threads: int, expected: int) -> object:
-    count = len(memory) // floor.PAGE_BYTES
+def _touch(
+    memory: memoryview, seed: int | None, threads: int, expected: int, first: int, count: int | None
+) -> object:
+    count = len(memory) // floor.PAGE_BYTES - first if count is None else count
     pages = regions(count, threads) if seed is None else order_of(count, seed)
+    part = memory[first * floor.PAGE_BYTES :]
     try:
-        touched = floor.touch(memory, pages, threads, expected)
+        touched = floor.touch(part, pages, threads, expected)
     except ShardedPcError as error:
         return str(error)
     return touched.ns, touched.latencies
@@ -88,9 +91,13 @@ class GuestProcess:
         self._conn.send(FORGET)
         self._answer()
 
-    def touch(self, seed: int | None, threads: int, expected: int) -> Touched:
-        """Touches all pages once, in order_of(seed) or (None) in regions(threads); GuestLost."""
-        self._conn.send((seed, threads, expected))
+    def touch(
+        self, seed: int | None, threads: int, expected: int, first: int = 0,
+        count: int | None = None,
+    ) -> Touched:  # fmt: skip
+        """Touches `count` pages (None: all) from `first` on once, in order_of(seed) or (None) in
+        regions(threads); GuestLost."""
+        self._conn.send((seed, threads, expected, first, count))
         answer = self._answer()
         if isinstance(answer, str):
             raise GuestLost(answer)

@@ -204,6 +204,24 @@ class Replay:
         return _tell(args, replay, settings, replay.text)
 
 
+class Stall:
+    """The longest wait of a guest while something is lost."""
+
+    name = "stall"
+    help = "how long a guest stalls while its worker is killed, beside the same without a kill"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        _add_common(parser, "256M")
+        _add_placement(parser)
+        parser.set_defaults(workers=(2,), repeat=20)
+
+    def run(self, args: argparse.Namespace) -> int:
+        from sharded_pc.bench import stall
+
+        settings = stall.StallSettings(args.size, args.workers, args.placement, args.repeat)
+        return _tell(args, stall, settings, stall.text)
+
+
 def _tell(args: argparse.Namespace, bench, settings, text=None) -> int:
     """Measures and prints; SIGTERM ends it in order as ^C does.  `text(told)` makes the table,
     by default report.text with the bench's COLUMNS."""
@@ -239,14 +257,14 @@ class _Signals:
         signal.raise_signal(signal.SIGINT)
 
 
-BENCHES = (Place, Fault, Replay, Scale)
+BENCHES = (Place, Fault, Replay, Scale, Stall)
 
 
 class Bench:
     """Measurements on this machine."""
 
     name = "bench"
-    help = "measure placement, faults and whole streams beside what there is to compare"
+    help = "measure placement, faults, stalls and whole streams beside what there is to compare"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         words = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")

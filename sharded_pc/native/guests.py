@@ -24,7 +24,8 @@ class Guests:
         self.raw.fd[index] = fd
 
     def add(self, slot: int, uffds: Sequence[int], addresses: Sequence[int]) -> list[int]:
-        """Returns this table's copies of `uffds`, one for each shard; `addresses`: one for each block, 0: not mapped."""
+        """Returns this table's copies of `uffds`, one for each shard; `addresses`: one for
+        each block, 0: not mapped."""
         own: list[int] = []
         try:
             own += (os.dup(fd) for fd in uffds)

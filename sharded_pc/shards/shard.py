@@ -42,7 +42,7 @@ class Shard:
         self._stopping = False
         self._given_up = False
         self._present: asyncio.Future[ShardProcess] = self._loop.create_future()
-        self._bringing: asyncio.Task = self._loop.create_task(self._bring(roster.take(), first=True))
+        self._bringing = self._loop.create_task(self._bring(roster.take(), first=True))
 
     async def present(self) -> ShardProcess:
         """The worker, as soon as there is one; ShardError if none will come."""

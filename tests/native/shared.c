@@ -145,8 +145,55 @@ static void check_routing(void)
     free(c);
 }
 
+/* Every fault that is noted becomes a sample or is counted as lost: because somebody waits for the
+ * page already, because another page has its place, because a clock went back. */
+static void check_samples(void)
+{
+    enum { FAULTS = 3000 };
+    sp_control *c = new_control(1);
+    sp_shard *s = &c->shards[0];
+    uint64_t samples = 0;
+    sp_waiter_note(s, 0, 1000);
+    sp_waiter_note(s, 0, 2000);
+    CHECK_EQ(s->counters.lost_samples, 1);
+    for (uint64_t bit = 1; bit < FAULTS; bit++)
+        sp_waiter_note(s, bit, 1000 * bit);
+    CHECK(s->counters.lost_samples > FAULTS - SP_WAITERS);
+    for (uint64_t bit = 0; bit < FAULTS; bit++)
+        sp_waiter_end(s, bit, 1);
+    for (unsigned i = 0; i < SP_LATENCY_BUCKETS; i++)
+        samples += s->counters.latency[i];
+    CHECK_EQ(samples + s->counters.lost_samples, FAULTS + 1);
+    free(c);
+}
+
+/* What a worker held when it was killed is taken from it, and from no other. */
+static void check_death(void)
+{
+    sp_control *c = new_control(2);
+    sp_bell_prepare(&c->shards[0].work);
+    sp_bell_prepare(&c->shards[1].work);
+    atomic_store(&c->back_writer, 2);
+    sp_note_death(c, 0);
+    CHECK(c->shards[0].work.waiting == 0 && c->shards[1].work.waiting == 1);
+    CHECK_EQ(c->back_writer, 2);
+    CHECK_EQ(c->shards[0].space.rung, 1);
+    sp_note_death(c, 1);
+    CHECK_EQ(c->back_writer, 0);
+    sp_note_restart(c, 1);
+    sp_note_failed(c, 1, 1);
+    sp_shard_view shard;
+    CHECK_EQ(sp_view_shard(c, 1, &shard), 0);
+    CHECK(shard.restarts == 1 && shard.failed == 1);
+    sp_note_failed(c, 1, 0);
+    CHECK_EQ(c->shards[1].failed, 0);
+    free(c);
+}
+
 void control_suite(void)
 {
+    check_samples();
+    check_death();
     check_publishing();
     check_routing();
     sp_control *c = new_control(2);

@@ -1,0 +1,204 @@
+"""How long a guest stalls when something that serves it is lost.
+
+A guest process touches pages one after the other, each of which faults, and the longest of its
+waits is one sample; a case strikes in the middle.  `missing`: the page is at a source that answers
+at once.  `received`: it is here (`continue`), and the guest's own worker has to map it.  Each case
+is measured beside the same without it, in turns.  A wrong byte ends the benchmark.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sharded_pc import host
+from sharded_pc.bench import bare
+from sharded_pc.bench.guest import GuestProcess
+from sharded_pc.bench.page_source import BLOCK, FIRST_BYTE, PageSource
+from sharded_pc.bench.product import Product
+from sharded_pc.bench.report import aligned
+from sharded_pc.errors import GuestLost, UsageError
+from sharded_pc.geometry import PAGE_BYTES
+from sharded_pc.observe.view import ReceiverView
+from sharded_pc.shards.shard import DEATHS_MOST, DEATHS_SECONDS
+
+STRIKE_SECONDS = 0.02
+"""From the first touch on."""
+LEAST_PAGES = 512
+"""A sample has to last longer than that."""
+RECOVER_SECONDS = 30.0
+KEYS = ("case", "path", "placement", "workers")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StallSettings:
+    """`size`: bytes of RAM, each of which is missing once; `repeat`: samples of each case."""
+
+    size: int = 256 << 20
+    workers: tuple[int, ...] = (2,)
+    placements: tuple[str, ...] = ("copy", "continue")
+    repeat: int = 20
+
+
+class Scene:
+    """One migration in postcopy: a receiver of its own process, a source, a guest."""
+
+    def __init__(self, folder: Path, name: str, placement: str, workers: int, size: int) -> None:
+        self.placement, self.workers, self.size = placement, workers, size
+        self._product = Product(
+            folder, name, f"unix:{folder}/{name}", workers=workers, placement=placement
+        )
+        self._exit = contextlib.ExitStack()
+
+    def __enter__(self) -> Scene:
+        try:
+            self._product.start()
+            self._exit.callback(self._product.close)
+            self.source = self._exit.enter_context(PageSource(self._product.uri, self.size))
+            self.guest = GuestProcess(self._product.attach_path, BLOCK)
+            self._exit.callback(self.guest.close)
+            self.guest.wait_attached()
+            self._view = self._exit.enter_context(ReceiverView(self._product.name))
+        except BaseException:
+            self._exit.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
+
+    def shards(self) -> list[dict]:
+        return self._view.info()["sharded"]["shards"]
+
+    def stall_ms(self, first: int, count: int, seed: int, strike: Callable[[], None]) -> float:
+        """The longest wait for one of `count` pages; `strike` is called in the middle."""
+        timer = threading.Timer(STRIKE_SECONDS, strike)
+        timer.start()
+        try:
+            touched = self.guest.touch(seed, 1, FIRST_BYTE, first, count)
+        finally:
+            timer.join()
+        self.source.check()
+        return max(touched.latencies) / 1e6
+
+
+class Nothing:
+    """What the others are compared with."""
+
+    name = "nothing"
+
+    def __init__(self, scene: Scene) -> None:
+        pass
+
+    def strike(self) -> None:
+        pass
+
+    def mend(self) -> None:
+        pass
+
+
+class WorkerKilled:
+    """SIGKILL for one worker, each in its turn."""
+
+    name = "worker killed"
+    PAUSE_SECONDS = DEATHS_SECONDS / (DEATHS_MOST - 1) + 0.1
+    """between two deaths of a shard, so that it is not given up"""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self._victims = itertools.cycle(range(scene.workers))
+        self._restarts = 0
+
+    def strike(self) -> None:
+        os.kill(self._scene.shards()[next(self._victims)]["pid"], signal.SIGKILL)
+
+    def mend(self) -> None:
+        """The successor serves, and the next spare has had time to start."""
+        self._restarts += 1
+        deadline = time.monotonic() + RECOVER_SECONDS
+        while sum(shard["restarts"] for shard in self._scene.shards()) < self._restarts:
+            if time.monotonic() > deadline:
+                raise GuestLost("a killed worker got no successor")
+            time.sleep(0.001)
+        time.sleep(self.PAUSE_SECONDS / self._scene.workers)
+
+
+CASES = (Nothing, WorkerKilled)
+
+
+def run(settings: StallSettings) -> dict:
+    """{"runs": [...], "results": [...]}; UsageError, HostError, GuestLost (a wrong byte, too)."""
+    samples = settings.repeat * len(CASES)
+    if settings.size // PAGE_BYTES // samples < LEAST_PAGES:
+        least = -(-samples * LEAST_PAGES * PAGE_BYTES >> 20)
+        raise UsageError(f"--size: at least {least}M for --repeat {settings.repeat}")
+    host.require_host()
+    host.require_memory(settings.size)
+    names, runs = bare.names(), []
+    with tempfile.TemporaryDirectory(prefix="sharded-pc-stall-") as folder:
+        for placement, workers in itertools.product(settings.placements, settings.workers):
+            with Scene(Path(folder), next(names), placement, workers, settings.size) as scene:
+                runs += _samples(scene, settings.repeat)
+    return {"runs": runs, "results": _results(runs)}
+
+
+def _samples(scene: Scene, repeat: int) -> Iterator[dict]:
+    """Pages are missing once; then all are here, and what the guest has mapped it forgets."""
+    pages = scene.size // PAGE_BYTES
+    part = pages // (repeat * len(CASES))
+    turns = list(itertools.product(range(repeat), (case(scene) for case in CASES)))
+    for number, (turn, case) in enumerate(turns):
+        yield _sample(scene, case, "missing", turn, number * part, part)
+    if scene.placement == "copy":
+        return  # what is here faults no more
+    rest = len(turns) * part
+    if rest < pages:
+        scene.guest.touch(0, 1, FIRST_BYTE, rest, pages - rest)
+    for turn, case in turns:
+        scene.guest.forget()
+        yield _sample(scene, case, "received", turn, 0, pages)
+
+
+def _sample(scene: Scene, case, path: str, turn: int, first: int, count: int) -> dict:
+    stall = scene.stall_ms(first, count, turn, case.strike)
+    case.mend()
+    row = {"case": case.name, "path": path, "placement": scene.placement}
+    return row | {"workers": scene.workers, "repeat": turn, "stall-ms": stall}
+
+
+def _results(runs: list[dict]) -> list[dict]:
+    keys = dict.fromkeys(tuple(r[key] for key in KEYS) for r in runs)
+    return [_result(runs, key) for key in sorted(keys, key=lambda k: (k[2], k[1], k[0], k[3]))]
+
+
+def _result(runs: list[dict], key: tuple) -> dict:
+    stalls = sorted(r["stall-ms"] for r in runs if tuple(r[k] for k in KEYS) == key)
+    figures = {"samples": len(stalls), "p50-ms": stalls[len(stalls) // 2], "worst-ms": stalls[-1]}
+    return dict(zip(KEYS, key, strict=True)) | figures
+
+
+def text(told: dict) -> str:
+    """The table, below what was done where."""
+    machine, parameters = told["machine"], told["parameters"]
+    head = [*KEYS, "samples", "p50 ms", "worst ms"]
+    rows = [
+        [*(str(r[k]) for k in (*KEYS, "samples")), f"{r['p50-ms']:.1f}", f"{r['worst-ms']:.1f}"]
+        for r in told["results"]
+    ]
+    lines = [
+        f"bench stall: {parameters['size'] >> 20} MiB, the longest wait of a guest for a page; "
+        f"{parameters['repeat']} samples of each, in turns",
+        f"{machine['cpus']} CPUs, Linux {machine['kernel']}, Python {machine['python']}, "
+        f"load {machine['load']:.1f}, commit {told['commit'] or 'unknown'}",
+        "",
+        *aligned(head, rows),
+    ]
+    return "\n".join(lines)
