@@ -268,6 +268,7 @@ class Migration:
     async def listen(self) -> None:
         """Also when a paused migration goes on."""
         assert self._connection is not None
+        self._shards.revive()
         fd = self._connection.requests_fd
         if fd >= 0:
             await self._shards.tell("listen", True, fd=fd)

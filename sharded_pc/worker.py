@@ -1,13 +1,14 @@
 """One shard process: places its pages, answers its guests' faults.
 
-Started by `shards.py` with the spawn method before the stream begins.  Its main thread obeys the
+Started by `shards/process.py` with the spawn method.  Its main thread obeys the
 coordinator over a pipe; the placement loop and one fault loop for each guest run in C on threads of
 their own.  It ends when told to, when the pipe closes (the coordinator is gone), or when a page
 cannot be placed, which it reports first.
 
 It starts without a shard, so that it can be started ahead of the need for it; the first message
 says which shard it is.  Messages are tuples: the coordinator sends (word, *arguments) and gets
-("ok", ...) or ("error", text) for each; ("broken", text) and ("guest-broken", slot, text) come unasked.
+("ok", ...) or ("error", text) for each; ("broken", text) and ("guest-broken", slot, text) come
+unasked.
 """
 
 from __future__ import annotations
