@@ -142,6 +142,7 @@ class Migration:
             wire, listener = await self._recovery.accept()
         except Cancelled as error:
             raise ConnectionLost(f"{error} while paused: {self.paused_by}") from None
+        self._shards.revive()
         return Connection(wire, listener, self._memory, self._ending, resumes=True)
 
     def recover(self, uri: Address) -> None:
@@ -268,7 +269,6 @@ class Migration:
     async def listen(self) -> None:
         """Also when a paused migration goes on."""
         assert self._connection is not None
-        self._shards.revive()
         fd = self._connection.requests_fd
         if fd >= 0:
             await self._shards.tell("listen", True, fd=fd)

@@ -33,6 +33,7 @@ from tests.synthetic import (
     missing_pages,
     open_source,
 )
+from tests.test_recovery import migrating, recovered
 
 pytestmark = [pytest.mark.uffd, pytest.mark.usefixtures("placement")]
 
@@ -450,19 +451,40 @@ def test_a_beat_is_a_sign_of_life():
 # --- those that die again and again ---
 
 
-def test_five_deaths_in_ten_seconds(tmp_path, unique_name):
+def wear_out(receiver: Receiving) -> str:
+    """Five deaths in ten seconds; what is said of them."""
+    for _ in range(shard.DEATHS_MOST - 1):
+        kill(receiver)
+    pid = receiver.worker_pids()[1]
+    os.kill(pid, signal.SIGKILL)
+    last = f"the worker of shard 1 (pid {pid}) died, killed by signal 9"
+    return f"shard 1 lost 5 workers within 10 s: {last}"
+
+
+def test_five_deaths_before_the_guest_runs(tmp_path, unique_name):
     with Receiving(tmp_path, unique_name) as receiver, open_source(receiver.sock) as source:
-        begin(receiver, source)
-        for _ in range(shard.DEATHS_MOST - 1):
-            kill(receiver)
-        pid = receiver.worker_pids()[1]
-        os.kill(pid, signal.SIGKILL)
-        expected = (
-            rf"^shard 1 lost 5 workers within 10 s: the worker of shard 1 \(pid {pid}\) died, "
-            "killed by signal 9$"
-        )
-        with pytest.raises(ShardError, match=expected):
+        source.set_up()
+        source.precopy()
+        expected = wear_out(receiver)
+        with pytest.raises(ShardError) as caught:
             receiver.finish()
+    assert str(caught.value) == expected
+
+
+def test_five_deaths_pause_and_a_recovery_goes_on(tmp_path, unique_name):
+    """Somebody has to look at it; the guest waits meanwhile, and nothing is lost."""
+    with (
+        migrating(tmp_path, unique_name) as (receiver, source, control),
+        GuestProcess() as guest,
+    ):
+        guest.ask("attach", receiver.attach)
+        source.send_pages(0, MISSING[:50])
+        expected = wear_out(receiver)
+        assert control.wait_status("postcopy-paused")["error-desc"] == expected
+        guest.say("visit", 0, [PAGE])
+        with recovered(source, control, f"unix:{tmp_path / 'again'}"):
+            info = complete(receiver, source, guest, waiting=True)
+    assert info["sharded"]["shards"][1]["restarts"] == shard.DEATHS_MOST
 
 
 class Troubled:
