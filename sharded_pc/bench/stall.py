@@ -38,16 +38,6 @@ RECOVER_SECONDS = 30.0
 KEYS = ("case", "path", "placement", "workers")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StallSettings:
-    """`size`: bytes of RAM, each of which is missing once; `repeat`: samples of each case."""
-
-    size: int = 256 << 20
-    workers: tuple[int, ...] = (2,)
-    placements: tuple[str, ...] = ("copy", "continue")
-    repeat: int = 20
-
-
 class Scene:
     """One migration in postcopy: a receiver of its own process, a source, a guest."""
 
@@ -90,53 +80,85 @@ class Scene:
         return max(touched.latencies) / 1e6
 
 
-class Nothing:
-    """What the others are compared with."""
+class Case:
+    """What is lost in the middle of a sample; this one: nothing, what the others are compared
+    with.  `mend()` returns when the next sample may begin."""
 
     name = "nothing"
 
     def __init__(self, scene: Scene) -> None:
-        pass
+        self.scene = scene
 
-    def strike(self) -> None:
-        pass
+    def strike(self) -> None: ...
 
-    def mend(self) -> None:
-        pass
+    def mend(self) -> None: ...
 
 
-class WorkerKilled:
-    """SIGKILL for one worker, each in its turn."""
+class WorkerKilled(Case):
+    """One worker, each in its turn."""
 
-    name = "worker killed"
-    PAUSE_SECONDS = DEATHS_SECONDS / (DEATHS_MOST - 1) + 0.1
+    name = "worker-killed"
+    signo = signal.SIGKILL
+    pause_seconds = DEATHS_SECONDS / (DEATHS_MOST - 1) + 0.1
     """between two deaths of a shard, so that it is not given up"""
 
     def __init__(self, scene: Scene) -> None:
-        self._scene = scene
-        self._victims = itertools.cycle(range(scene.workers))
-        self._restarts = 0
+        super().__init__(scene)
+        self._turns = itertools.cycle(range(scene.workers))
+        self._expected = 0
+
+    def victims(self) -> list[int]:
+        return [next(self._turns)]
 
     def strike(self) -> None:
-        os.kill(self._scene.shards()[next(self._victims)]["pid"], signal.SIGKILL)
+        shards, victims = self.scene.shards(), self.victims()
+        self._expected = sum(shard["restarts"] for shard in shards) + len(victims)
+        for victim in victims:
+            os.kill(shards[victim]["pid"], self.signo)
 
     def mend(self) -> None:
-        """The successor serves, and the next spare has had time to start."""
-        self._restarts += 1
+        """The successors serve, and the next spare has had time to start."""
         deadline = time.monotonic() + RECOVER_SECONDS
-        while sum(shard["restarts"] for shard in self._scene.shards()) < self._restarts:
+        while sum(shard["restarts"] for shard in self.scene.shards()) < self._expected:
             if time.monotonic() > deadline:
-                raise GuestLost("a killed worker got no successor")
+                raise GuestLost("a lost worker got no successor")
             time.sleep(0.001)
-        time.sleep(self.PAUSE_SECONDS / self._scene.workers)
+        time.sleep(self.pause_seconds)
 
 
-CASES = (Nothing, WorkerKilled)
+class WorkerStopped(WorkerKilled):
+    """It lives and does nothing."""
+
+    name = "worker-stopped"
+    signo = signal.SIGSTOP
+
+
+class WorkersKilled(WorkerKilled):
+    """All at once: there is one spare."""
+
+    name = "workers-killed"
+
+    def victims(self) -> list[int]:
+        return list(range(self.scene.workers))
+
+
+CASES = {case.name: case for case in (WorkerKilled, WorkerStopped, WorkersKilled)}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StallSettings:
+    """`size`: bytes of RAM, each of which is missing once; `repeat`: samples of each case."""
+
+    size: int = 256 << 20
+    workers: tuple[int, ...] = (2,)
+    placements: tuple[str, ...] = ("copy", "continue")
+    repeat: int = 20
+    cases: tuple[str, ...] = tuple(CASES)
 
 
 def run(settings: StallSettings) -> dict:
     """{"runs": [...], "results": [...]}; UsageError, HostError, GuestLost (a wrong byte, too)."""
-    samples = settings.repeat * len(CASES)
+    samples = settings.repeat * (1 + len(settings.cases))
     if settings.size // PAGE_BYTES // samples < LEAST_PAGES:
         least = -(-samples * LEAST_PAGES * PAGE_BYTES >> 20)
         raise UsageError(f"--size: at least {least}M for --repeat {settings.repeat}")
@@ -146,15 +168,16 @@ def run(settings: StallSettings) -> dict:
     with tempfile.TemporaryDirectory(prefix="sharded-pc-stall-") as folder:
         for placement, workers in itertools.product(settings.placements, settings.workers):
             with Scene(Path(folder), next(names), placement, workers, settings.size) as scene:
-                runs += _samples(scene, settings.repeat)
+                cases = [Case(scene), *(CASES[name](scene) for name in settings.cases)]
+                runs += _samples(scene, settings.repeat, cases)
     return {"runs": runs, "results": _results(runs)}
 
 
-def _samples(scene: Scene, repeat: int) -> Iterator[dict]:
+def _samples(scene: Scene, repeat: int, cases: list[Case]) -> Iterator[dict]:
     """Pages are missing once; then all are here, and what the guest has mapped it forgets."""
     pages = scene.size // PAGE_BYTES
-    part = pages // (repeat * len(CASES))
-    turns = list(itertools.product(range(repeat), (case(scene) for case in CASES)))
+    part = pages // (repeat * len(cases))
+    turns = list(itertools.product(range(repeat), cases))
     for number, (turn, case) in enumerate(turns):
         yield _sample(scene, case, "missing", turn, number * part, part)
     if scene.placement == "copy":
@@ -167,7 +190,7 @@ def _samples(scene: Scene, repeat: int) -> Iterator[dict]:
         yield _sample(scene, case, "received", turn, 0, pages)
 
 
-def _sample(scene: Scene, case, path: str, turn: int, first: int, count: int) -> dict:
+def _sample(scene: Scene, case: Case, path: str, turn: int, first: int, count: int) -> dict:
     stall = scene.stall_ms(first, count, turn, case.strike)
     case.mend()
     row = {"case": case.name, "path": path, "placement": scene.placement}
@@ -176,7 +199,7 @@ def _sample(scene: Scene, case, path: str, turn: int, first: int, count: int) ->
 
 def _results(runs: list[dict]) -> list[dict]:
     keys = dict.fromkeys(tuple(r[key] for key in KEYS) for r in runs)
-    return [_result(runs, key) for key in sorted(keys, key=lambda k: (k[2], k[1], k[0], k[3]))]
+    return [_result(runs, key) for key in keys]
 
 
 def _result(runs: list[dict], key: tuple) -> dict:

@@ -208,17 +208,24 @@ class Stall:
     """The longest wait of a guest while something is lost."""
 
     name = "stall"
-    help = "how long a guest stalls while its worker is killed, beside the same without a kill"
+    help = "how long a guest stalls when a worker is lost, beside the same without a loss"
+    cases = ("worker-killed", "worker-stopped", "workers-killed")
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         _add_common(parser, "256M")
         _add_placement(parser)
+        parser.add_argument(
+            "--case", type=_words(*self.cases), default=self.cases, metavar="WHAT,...",
+            help=f"what is lost (default {','.join(self.cases)})",
+        )  # fmt: skip
         parser.set_defaults(workers=(2,), repeat=20)
 
     def run(self, args: argparse.Namespace) -> int:
         from sharded_pc.bench import stall
 
-        settings = stall.StallSettings(args.size, args.workers, args.placement, args.repeat)
+        settings = stall.StallSettings(
+            args.size, args.workers, args.placement, args.repeat, args.case
+        )
         return _tell(args, stall, settings, stall.text)
 
 
