@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import pytest
 
+from sharded_pc.cli import status
 from sharded_pc.errors import ShardError
 from sharded_pc.geometry import PAGE_BYTES, Geometry, Placement
 from sharded_pc.memory import GuestMemory
@@ -104,6 +105,7 @@ def test_before_the_block_list(tmp_path, unique_name):
         open_source(receiver.sock) as source,
     ):
         kill(receiver, 0)
+        assert any("restarts 1" in line for line in status.lines(status.read(unique_name)))
         begin(receiver, source, guest)
         info = complete(receiver, source, guest)
     assert [shard["restarts"] for shard in info["sharded"]["shards"]] == [1, 0]
@@ -343,6 +345,7 @@ def test_at_the_end(tmp_path, unique_name):
 # --- workers that live and are of no use ---
 
 
+@pytest.mark.usefixtures("blind")
 def test_a_page_that_cannot_be_placed(tmp_path, unique_name, placement):
     """A worker that is broken is replaced, and its successor tries again."""
     if placement is not Placement.COPY:
@@ -540,6 +543,27 @@ def test_given_up_and_revived(unique_name):
             beats = control.beats(1)
             await troubled.until(lambda: control.beats(1) > beats)
             assert not control.shard(1).failed
+
+    asyncio.run(main())
+
+
+def test_no_process_can_be_started(unique_name):
+    """Neither a worker nor a spare: the shard is given up, and revived when there is room."""
+
+    async def main() -> None:
+        async with Troubled(unique_name) as troubled:
+            shards = troubled.shards
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), most[1]))
+            os.kill(shards.pids()[1], signal.SIGKILL)
+            shards.keep_spare()
+            await troubled.until(lambda: bool(troubled.trouble))
+            resource.setrlimit(resource.RLIMIT_NOFILE, most)
+            assert str(troubled.trouble[0]) == "start a worker for shard 1: Too many open files"
+            assert shards.spare_pid is None
+            shards.revive()
+            await shards.tell("geometry")
+            assert troubled.restarts() == 1
 
     asyncio.run(main())
 

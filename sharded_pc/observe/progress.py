@@ -172,5 +172,6 @@ def summary(info: dict) -> str:
             f"{shard['zero-pages']} zero, {shard['faults']} faults, "
             f"{shard['late-faults']} of them late, {shard['copies']} copies, "
             f"{shard['mapped-pages']} pages mapped ahead"
+            + (f"; {shard['restarts']} workers were lost and replaced" if shard["restarts"] else "")
         )
     return "\n".join([*lines, *latency_lines(info["postcopy-latency-dist"])])

@@ -42,7 +42,7 @@ class ShardProcess:
         self._loop = asyncio.get_running_loop()
         self._process, self._conn = processes.start(worker.main, memory_name, name="worker")
         self.pid = self._process.pid
-        self._pidfd = os.pidfd_open(self.pid)
+        self._pidfd = self._watched()
         self._turn = asyncio.Lock()
         self._ended = asyncio.Event()
         self._stopping = False
@@ -52,6 +52,15 @@ class ShardProcess:
         self._answers: collections.deque[asyncio.Future] = collections.deque()
         """to what it was told, the oldest first; who waited for one may have gone away"""
         self._ready = self._expect()
+
+    def _watched(self) -> int:
+        try:
+            return os.pidfd_open(self.pid)
+        except OSError:  # EMFILE
+            self._process.kill()
+            self._process.join()
+            self._conn.close()
+            raise
 
     def _expect(self) -> asyncio.Future:
         answer = self._loop.create_future()
@@ -104,7 +113,8 @@ class ShardProcess:
                 answer.set_exception(self.error)
 
     def _obituary(self, exitcode: int | None) -> str:
-        who = f"the worker of shard {self.index} (pid {self.pid})"
+        whose = "the spare worker" if self.index is None else f"the worker of shard {self.index}"
+        who = f"{whose} (pid {self.pid})"
         if self._reason:
             return f"{who} was ended: {self._reason}"
         if exitcode is None:

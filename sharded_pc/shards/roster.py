@@ -36,7 +36,8 @@ class Roster:
         return self._spare
 
     def take(self) -> ShardProcess:
-        """A process without a shard, which may not be ready yet: the spare, or a new one."""
+        """A process without a shard, which may not be ready yet: the spare, or a new one.
+        OSError."""
         process, self._spare = self._spare, None
         return process or self._start()
 
@@ -57,13 +58,22 @@ class Roster:
             self._fill()
 
     def _fill(self) -> None:
-        if self._spare is None:
+        if self._spare is not None:
+            return
+        try:
             self._spare = self._start()
+        except OSError as error:
+            log.warning("no spare worker can be started: %s", error.strerror)
+            self._fill_later()
+        else:
             self._spare.on_end = self._on_spare_end
 
     def _on_spare_end(self, process: ShardProcess) -> None:
-        log.warning("the spare worker (pid %d) is gone: %s", process.pid, process.error)
+        log.warning("the spare worker is gone: %s", process.error)
         self._spare = None
+        self._fill_later()
+
+    def _fill_later(self) -> None:
         loop = asyncio.get_running_loop()
         self._again = loop.call_later(SPARE_AGAIN_SECONDS, self.refill)
 

@@ -42,7 +42,7 @@ class Shard:
         self._stopping = False
         self._given_up = False
         self._present: asyncio.Future[ShardProcess] = self._loop.create_future()
-        self._bringing = self._loop.create_task(self._bring(roster.take(), first=True))
+        self._bringing = self._loop.create_task(self._bring(first=True))
 
     async def present(self) -> ShardProcess:
         """The worker, as soon as there is one; ShardError if none will come."""
@@ -77,8 +77,13 @@ class Shard:
 
     # Succession
 
-    async def _bring(self, process: ShardProcess, *, first: bool = False) -> None:
+    async def _bring(self, *, first: bool = False) -> None:
         """Brings a process without a shard to where it serves this one."""
+        try:
+            process = self._roster.take()
+        except OSError as error:  # no memory, no descriptor, no process is to be had
+            self._give_up(f"start a worker for shard {self.index}: {error.strerror}")
+            return
         process.index = self.index
         process.on_end = self._on_end
         process.on_guest_trouble = self._tell_trouble
@@ -92,7 +97,7 @@ class Shard:
             await self._tell_all(process)
         except WorkerDied:
             return  # _on_end knows
-        except ShardError as error:
+        except (ShardError, OSError) as error:
             process.kill(str(error))  # it lives, and cannot serve
             return
         if process.error is None:
@@ -135,16 +140,16 @@ class Shard:
             self._present = self._loop.create_future()
         self._deaths.append(self._loop.time())
         if len(self._deaths) == DEATHS_MOST and self._deaths[-1] - self._deaths[0] < DEATHS_SECONDS:
-            self._give_up(process)
+            self._give_up(
+                f"shard {self.index} lost {DEATHS_MOST} workers within {DEATHS_SECONDS:g} s: "
+                f"{process.error}"
+            )
         else:
-            self._bringing = self._loop.create_task(self._bring(self._roster.take()))
+            self._bringing = self._loop.create_task(self._bring())
 
-    def _give_up(self, process: ShardProcess) -> None:
+    def _give_up(self, why: str) -> None:
         self._given_up = True
-        error = ShardError(
-            f"shard {self.index} lost {DEATHS_MOST} workers within {DEATHS_SECONDS:g} s: "
-            f"{process.error}"
-        )
+        error = ShardError(why)
         self._control.note_failed(self.index, failed=True)
         self._end_present(error)
         self.on_trouble(error)
@@ -162,7 +167,7 @@ class Shard:
             self._deaths.clear()
             self._control.note_failed(self.index, failed=False)
             self._present = self._loop.create_future()
-            self._bringing = self._loop.create_task(self._bring(self._roster.take()))
+            self._bringing = self._loop.create_task(self._bring())
 
     async def stop(self) -> None:
         """No successor from now on; the roster ends the processes."""
