@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from errno import ENOMEM, ENOSPC
 
 from sharded_pc.errors import HostError
 from sharded_pc.native import _native
@@ -25,8 +26,15 @@ def ensure_object(pointer, doing: str):
     return pointer
 
 
+def why(errno: int) -> str:
+    """The kernel's reason, with the remedy where it is that memory ran out."""
+    if errno in (ENOMEM, ENOSPC):
+        return f"{os.strerror(errno)}: make room in /dev/shm or in memory (`df /dev/shm`, `free`)"
+    return os.strerror(errno)
+
+
 def system_error(errno: int, doing: str) -> HostError:
-    error = HostError(f"{doing}: {os.strerror(errno)}")
+    error = HostError(f"{doing}: {why(errno)}")
     error.errno = errno  # type: ignore[attr-defined]
     return error
 

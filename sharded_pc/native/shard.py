@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sharded_pc.errors import AttachError, ShardError
 from sharded_pc.native.control import Bitmap, Control
-from sharded_pc.native.core import ensure, ensure_object, ffi, lib, system_error
+from sharded_pc.native.core import ensure, ensure_object, ffi, lib, system_error, why
 from sharded_pc.native.uffd import Uffd
 
 
@@ -68,7 +68,7 @@ class Shard:
 
     def _failure(self, errno: int) -> ShardError:
         return ShardError(
-            f"shard {self.index} could not place page {self.raw.err_bit}: {os.strerror(errno)}"
+            f"shard {self.index} could not place page {self.raw.err_bit}: {why(errno)}"
         )
 
     def listen(self, back_fd: int = -1) -> None:
