@@ -87,7 +87,9 @@ def _merge(name: str) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         known = corpora.write(name, Path(scratch) / "known")
         before = set(known.iterdir())
-        if not _run([*command, "-merge=1", known, corpora.GROWN / name / "corpus"]):
+        if not _run(
+            [*command, "-merge=1", "-use_counters=0", known, corpora.GROWN / name / "corpus"]
+        ):
             return False
         for path in set(known.iterdir()) - before:
             if path.stat().st_size <= MOST_COMMITTED:
