@@ -20,6 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # the build's start, so that an edit during the build is not missed.
 INSTALLED := $(VENV)/.installed
 CORE := $(wildcard sharded_pc/native/*.c sharded_pc/native/*.h sharded_pc/native/*.txt \
+                   sharded_pc/attach/guest/*.c sharded_pc/attach/guest/*.h \
                    sharded_pc/attach/preload/*.c sharded_pc/attach/preload/*.h \
                    sharded_pc/native/CMakeLists.txt)
 PACKAGES := $(sort $(dir $(wildcard sharded_pc/*/__init__.py sharded_pc/*/*/__init__.py)))

@@ -2,6 +2,7 @@
 #ifndef SHARDED_PC_H
 #define SHARDED_PC_H
 
+#include "../attach/guest/handle.h"
 #include "alias.h"
 #include "bitmap.h"
 #include "control.h"

@@ -23,8 +23,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "../../native/uffd_abi.h"
-
 #define EXPORT __attribute__((visibility("default")))
 
 #ifndef MADV_FREE
@@ -37,38 +35,16 @@ static _Atomic(sp_guest *) watched;
 /* Of `watched` becoming NULL, and of what segments put off. */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-static int advise(const sp_segment *segment, int advice)
-{
-    return (int)syscall(SYS_madvise, segment->base, segment->size, advice);
-}
-
 void sp_hold_watch(sp_guest *guest)
 {
     atomic_store(&watched, guest);
-}
-
-void sp_hold_arm(sp_guest *guest, uint64_t mode)
-{
-    for (unsigned i = 0; i < guest->n_segments; i++) {
-        advise(&guest->segments[i], MADV_DONTFORK);
-        if (!(mode & UFFDIO_REGISTER_MODE_MINOR)) /* EINVAL: a kernel without huge pages */
-            advise(&guest->segments[i], MADV_NOHUGEPAGE);
-    }
 }
 
 void sp_hold_end(sp_guest *guest)
 {
     pthread_mutex_lock(&lock);
     atomic_store(&watched, NULL);
-    for (unsigned i = 0; i < guest->n_segments; i++) {
-        const sp_segment *segment = &guest->segments[i];
-        if (!segment->base)
-            continue;
-        if (!segment->dont_fork)
-            advise(segment, MADV_DOFORK);
-        if (!segment->no_huge) /* QEMU's own clean-up does the same */
-            advise(segment, MADV_HUGEPAGE);
-    }
+    sp_memory_let_go(&guest->memory);
     pthread_mutex_unlock(&lock);
 }
 
@@ -77,19 +53,19 @@ sp_segment *sp_guest_segment(sp_guest *guest, int fd)
     struct stat st;
     if (fstat(fd, &st))
         return NULL;
-    for (unsigned i = 0; i < guest->n_segments; i++)
-        if (guest->segments[i].dev == st.st_dev && guest->segments[i].ino == st.st_ino)
-            return &guest->segments[i];
+    for (unsigned i = 0; i < guest->memory.n_segments; i++)
+        if (guest->memory.segments[i].dev == st.st_dev && guest->memory.segments[i].ino == st.st_ino)
+            return &guest->memory.segments[i];
     return NULL;
 }
 
 static sp_segment *segment_at(sp_guest *guest, const void *addr, size_t len)
 {
     uintptr_t from = (uintptr_t)addr, to = from + len;
-    for (unsigned i = 0; i < guest->n_segments; i++) {
-        uintptr_t base = (uintptr_t)guest->segments[i].base;
-        if (base && from < base + guest->segments[i].size && base < to)
-            return &guest->segments[i];
+    for (unsigned i = 0; i < guest->memory.n_segments; i++) {
+        uintptr_t base = (uintptr_t)guest->memory.segments[i].base;
+        if (base && from < base + guest->memory.segments[i].size && base < to)
+            return &guest->memory.segments[i];
     }
     return NULL;
 }
@@ -184,8 +160,8 @@ static int carries_segment(const struct msghdr *msg)
 EXPORT ssize_t sendmsg(int sock, const struct msghdr *msg, int flags)
 {
     if (atomic_load(&watched) && msg && msg->msg_controllen && carries_segment(msg)) {
-        sp_say("this process's RAM is not handed to another one while pages are missing: that one "
-               "would read zeros (a vhost-user back-end?)");
+        sp_say(SP_PRELOAD, "this process's RAM is not handed to another one while pages are "
+                           "missing: that one would read zeros (a vhost-user back-end?)");
         errno = EPERM;
         return -1;
     }

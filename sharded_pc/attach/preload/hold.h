@@ -2,13 +2,12 @@
 #ifndef SP_HOLD_H
 #define SP_HOLD_H
 
-#include "guest.h"
+#include "../guest/guest.h"
+
+#define SP_PRELOAD "sharded_pc preload" /* who says what is said on stderr */
 
 /* From now on this guest's segments are looked after; before the first of them is mapped. */
 void sp_hold_watch(sp_guest *guest);
-
-/* The segments are registered: no child gets them, and no huge page fills their holes. */
-void sp_hold_arm(sp_guest *guest, uint64_t mode);
 
 /* Everything is here: does what was put off, forgets what was held back, and steps aside. */
 void sp_hold_end(sp_guest *guest);

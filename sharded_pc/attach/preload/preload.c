@@ -38,6 +38,7 @@ static_assert(sizeof(off_t) == 8 && sizeof(long) == 8, "mmap takes its offset in
 
 enum { EXIT_HOST = 3, DEFAULT_SECONDS = 30, MAX_SECONDS = 1000000 };
 
+static const sp_guest_kind KIND = {.who = SP_PRELOAD, .let_go = sp_hold_end};
 static sp_guest guest;
 static uint64_t timeout_ns;
 static pid_t owner;
@@ -50,7 +51,7 @@ static atomic_int watching;
 
 __attribute__((noreturn)) static void die(const char *what, const char *why)
 {
-    sp_say("%s: %s", what, why);
+    sp_say(SP_PRELOAD, "%s: %s", what, why);
     _exit(EXIT_HOST);
 }
 
@@ -73,13 +74,14 @@ static void add_segment(const char *name)
     segment.dev = st.st_dev;
     segment.ino = st.st_ino;
     segment.size = (uint64_t)st.st_size;
-    sp_segment *more = guest.n_segments < SP_MAX_RIGHTS
-                           ? realloc(guest.segments, (guest.n_segments + 1) * sizeof segment)
+    sp_memory *memory = &guest.memory;
+    sp_segment *more = memory->n_segments < SP_MAX_RIGHTS
+                           ? realloc(memory->segments, (memory->n_segments + 1) * sizeof segment)
                            : NULL;
     if (!more)
         die("SHARDED_PC_SEGMENTS", "too many");
-    guest.segments = more;
-    guest.segments[guest.n_segments++] = segment;
+    memory->segments = more;
+    memory->segments[memory->n_segments++] = segment;
 }
 
 static void add_segments(const char *list)
@@ -89,7 +91,7 @@ static void add_segments(const char *list)
         if (*name)
             add_segment(name);
     free(copy);
-    if (guest.n_segments == 0)
+    if (guest.memory.n_segments == 0)
         die("SHARDED_PC_SEGMENTS", "names no file");
 }
 
@@ -149,7 +151,9 @@ __attribute__((constructor)) static void start(void)
         die(path ? "SHARDED_PC_SEGMENTS" : "SHARDED_PC_ATTACH", "is not set");
     timeout_ns = seconds_ns(getenv("SHARDED_PC_ATTACH_TIMEOUT"));
     guest.bound = getenv("SHARDED_PC_BOUND") != NULL;
+    guest.kind = &KIND;
     guest.socket_path = strdup(path);
+    sp_channel_init(&guest.channel, 0); /* its thread ends with the process */
     add_segments(list);
     owner = getpid();
     sp_hold_watch(&guest);
@@ -185,8 +189,8 @@ static void check_mappings(void)
     FILE *maps = fopen("/proc/self/maps", "re");
     if (!maps)
         die("/proc/self/maps", strerror(errno));
-    for (unsigned i = 0; i < guest.n_segments; i++) {
-        const sp_segment *segment = &guest.segments[i];
+    for (unsigned i = 0; i < guest.memory.n_segments; i++) {
+        const sp_segment *segment = &guest.memory.segments[i];
         int64_t bytes = mapped_bytes(segment, maps);
         if (bytes < 0)
             die(segment->path, "mapped a second time: it cannot be registered there");
@@ -202,9 +206,11 @@ static void hand_over(void)
     check_mappings();
     if (sp_guest_attach(&guest, sp_clock_ns() + timeout_ns, &trouble))
         die("attach", trouble.text);
-    for (unsigned i = 0; i < guest.n_segments; i++)
-        if (mprotect(guest.segments[i].base, guest.segments[i].size, guest.segments[i].prot))
+    for (unsigned i = 0; i < guest.memory.n_segments; i++) {
+        const sp_segment *segment = &guest.memory.segments[i];
+        if (mprotect(segment->base, segment->size, segment->prot))
             die("mprotect", strerror(errno));
+    }
     handed_over = 1;
     leave_environment();
     if (!atomic_load(&guest.completed) && sp_guest_follow(&guest, &trouble))
@@ -237,9 +243,9 @@ static void note(void *base, size_t len, int prot, int flags, int fd, off_t offs
         segment->base = base;
         segment->prot = prot;
         unsigned mapped = 0;
-        for (unsigned i = 0; i < guest.n_segments; i++)
-            mapped += guest.segments[i].base != NULL;
-        if (mapped == guest.n_segments)
+        for (unsigned i = 0; i < guest.memory.n_segments; i++)
+            mapped += guest.memory.segments[i].base != NULL;
+        if (mapped == guest.memory.n_segments)
             hand_over();
         else if (mprotect(base, len, PROT_NONE))
             die("mprotect", strerror(errno));

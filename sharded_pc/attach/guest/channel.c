@@ -6,12 +6,13 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { RETRY_NS = 10 * 1000 * 1000 };
+enum { RETRY_MS = 10 };
 
 int sp_fail(sp_trouble *trouble, const char *format, ...)
 {
@@ -19,6 +20,17 @@ int sp_fail(sp_trouble *trouble, const char *format, ...)
     va_start(args, format);
     vsnprintf(trouble->text, sizeof trouble->text, format, args);
     va_end(args);
+    trouble->cause = SP_CAUSE_RECEIVER;
+    return -1;
+}
+
+int sp_fail_as(sp_trouble *trouble, sp_cause cause, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    vsnprintf(trouble->text, sizeof trouble->text, format, args);
+    va_end(args);
+    trouble->cause = cause;
     return -1;
 }
 
@@ -29,11 +41,41 @@ uint64_t sp_clock_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
+int sp_channel_init(sp_channel *channel, int with_stop)
+{
+    channel->sock = channel->stop = -1;
+    if (with_stop)
+        channel->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    return with_stop && channel->stop < 0 ? -errno : 0;
+}
+
+void sp_channel_stop(sp_channel *channel)
+{
+    eventfd_write(channel->stop, 1);
+}
+
+void sp_channel_go_on(sp_channel *channel)
+{
+    eventfd_t count;
+    eventfd_read(channel->stop, &count);
+}
+
+int sp_channel_pause(const sp_channel *channel, unsigned ms)
+{
+    struct pollfd pfd = {.fd = channel->stop, .events = POLLIN};
+    uint64_t now = sp_clock_ns(), end = now + ms * 1000000ull;
+    for (; now < end; now = sp_clock_ns())
+        if (poll(&pfd, 1, (int)((end - now + 999999) / 1000000)) > 0)
+            return 1;
+    return 0;
+}
+
 /* Waits until the socket is ready for `events`; the peer's going away counts. */
 static int wait_for(const sp_channel *channel, short events, uint64_t deadline,
                     sp_trouble *trouble)
 {
-    struct pollfd pfd = {.fd = channel->sock, .events = events};
+    struct pollfd pfds[] = {{.fd = channel->sock, .events = events},
+                            {.fd = channel->stop, .events = POLLIN}};
     for (;;) {
         int ms = -1;
         if (deadline != SP_FOR_EVER) {
@@ -41,44 +83,71 @@ static int wait_for(const sp_channel *channel, short events, uint64_t deadline,
             uint64_t left = now < deadline ? (deadline - now + 999999) / 1000000 : 0;
             ms = left < 60000 ? (int)left : 60000;
         }
-        int n = poll(&pfd, 1, ms);
+        int n = poll(pfds, 2, ms);
         if (n > 0)
-            return 0;
+            return pfds[1].revents ? sp_fail_as(trouble, SP_CAUSE_STOPPED, "stopped") : 0;
         if (n < 0 && errno != EINTR)
             return sp_fail(trouble, "wait for the receiver: %s", strerror(errno));
         if (n == 0 && deadline != SP_FOR_EVER && sp_clock_ns() >= deadline)
-            return sp_fail(trouble, "the receiver did not answer in time");
+            return sp_fail_as(trouble, SP_CAUSE_LATE, "the receiver did not answer in time");
     }
 }
 
 /* A full backlog of a Unix socket is EAGAIN, and nothing tells when it has room. */
-static int connect_until(int sock, const struct sockaddr_un *addr, uint64_t deadline)
+static int connect_until(const sp_channel *channel, const struct sockaddr_un *addr,
+                         uint64_t deadline)
 {
-    while (connect(sock, (const struct sockaddr *)addr, sizeof *addr)) {
-        if ((errno != EAGAIN && errno != EINTR) || sp_clock_ns() >= deadline)
-            return -1;
-        nanosleep(&(struct timespec){.tv_nsec = RETRY_NS}, NULL);
+    while (connect(channel->sock, (const struct sockaddr *)addr, sizeof *addr)) {
+        int err = errno;
+        if ((err != EAGAIN && err != EINTR) || sp_clock_ns() >= deadline ||
+            sp_channel_pause(channel, RETRY_MS))
+            return err;
     }
     return 0;
 }
 
-int sp_channel_open(sp_channel *channel, const char *path, uint64_t deadline, sp_trouble *trouble)
+/* Who listens is given userfaultfds, and could write into us: this user could trace us anyway, and
+ * root can do anything. */
+static int check_peer(const sp_channel *channel, const char *path, sp_trouble *trouble)
+{
+    struct ucred peer;
+    socklen_t len = sizeof peer;
+    if (getsockopt(channel->sock, SOL_SOCKET, SO_PEERCRED, &peer, &len))
+        return sp_fail(trouble, "connect to %s: %s", path, strerror(errno));
+    if (peer.uid == 0 || peer.uid == geteuid())
+        return 0;
+    return sp_fail(trouble, "who listens at %s (process %d) belongs to uid %u: see who made that "
+                            "socket", path, (int)peer.pid, (unsigned)peer.uid);
+}
+
+static int connect_to(const sp_channel *channel, const char *path, uint64_t deadline,
+                      sp_trouble *trouble)
 {
     struct sockaddr_un addr = {.sun_family = AF_UNIX};
+    memcpy(addr.sun_path, path, strlen(path));
+    int err = connect_until(channel, &addr, deadline);
+    if (err == 0)
+        return check_peer(channel, path, trouble);
+    sp_cause cause = err == EAGAIN                            ? SP_CAUSE_LATE
+                     : err == ENOENT || err == ECONNREFUSED ? SP_CAUSE_NOBODY
+                                                              : SP_CAUSE_RECEIVER;
+    return sp_fail_as(trouble, cause, "connect to %s: %s", path, strerror(err));
+}
+
+int sp_channel_open(sp_channel *channel, const char *path, uint64_t deadline, sp_trouble *trouble)
+{
     channel->n_rights = 0;
     channel->used = channel->len = 0;
     memset(&channel->cut, 0, sizeof channel->cut);
-    if (strlen(path) >= sizeof addr.sun_path)
+    if (strlen(path) >= sizeof ((struct sockaddr_un *)NULL)->sun_path)
         return sp_fail(trouble, "connect to %s: the path is longer than a Unix socket's", path);
-    memcpy(addr.sun_path, path, strlen(path));
     channel->sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (channel->sock < 0)
-        return sp_fail(trouble, "make a socket: %s", strerror(errno));
-    if (connect_until(channel->sock, &addr, deadline) == 0)
+        return sp_fail_as(trouble, SP_CAUSE_HOST, "make a socket: %s", strerror(errno));
+    if (connect_to(channel, path, deadline, trouble) == 0)
         return 0;
-    int err = errno;
     sp_channel_close(channel);
-    return sp_fail(trouble, "connect to %s: %s", path, strerror(err));
+    return -1;
 }
 
 static ssize_t send_some(int sock, const char *data, size_t len, const int *fds, unsigned n_fds)
@@ -214,4 +283,12 @@ void sp_channel_close(sp_channel *channel)
     if (channel->sock >= 0)
         close(channel->sock);
     channel->sock = -1;
+}
+
+void sp_channel_deinit(sp_channel *channel)
+{
+    sp_channel_close(channel);
+    if (channel->stop >= 0)
+        close(channel->stop);
+    channel->stop = -1;
 }

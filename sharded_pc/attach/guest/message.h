@@ -51,6 +51,7 @@ typedef struct sp_message {
     sp_kind kind;
     sp_text desc;   /* of an error or FAILED */
     int huge;       /* of COMPLETED: the memory stands on huge pages */
+    int64_t guest;  /* of "attached": the receiver's number for us; -1: it needs none */
     sp_offer offer; /* of a geometry */
 } sp_message;
 

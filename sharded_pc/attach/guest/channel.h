@@ -10,16 +10,29 @@ enum { SP_MESSAGE_ROOM = 256 << 10 }; /* 250 blocks with names of 255 bytes need
 
 #define SP_FOR_EVER 0
 
-/* Why something failed, for people. */
+/* What failed, for programs. */
+typedef enum sp_cause {
+    SP_CAUSE_RECEIVER = 0, /* it went away, refused, or said what nobody expected */
+    SP_CAUSE_NOBODY,       /* nobody listens there */
+    SP_CAUSE_HOST,         /* this machine cannot do it */
+    SP_CAUSE_LATE,         /* the deadline has passed */
+    SP_CAUSE_STOPPED,      /* sp_channel_stop */
+} sp_cause;
+
+/* Why something failed. */
 typedef struct sp_trouble {
     char text[512];
+    sp_cause cause;
 } sp_trouble;
 
-/* Writes the reason and answers -1. */
+/* Write the reason and answer -1; sp_fail blames the receiver. */
 __attribute__((format(printf, 2, 3))) int sp_fail(sp_trouble *trouble, const char *format, ...);
+__attribute__((format(printf, 3, 4))) int sp_fail_as(sp_trouble *trouble, sp_cause cause,
+                                                     const char *format, ...);
 
 typedef struct sp_channel {
     int sock; /* -1: none */
+    int stop; /* an eventfd that ends every wait, or -1 */
     unsigned n_rights;
     int rights[SP_MAX_RIGHTS]; /* descriptors that came, in order; the channel's */
     size_t used;               /* bytes of buf that the last message took */
@@ -31,6 +44,14 @@ typedef struct sp_channel {
 /* CLOCK_MONOTONIC; a deadline is a value of it, or SP_FOR_EVER. */
 uint64_t sp_clock_ns(void);
 
+/* Before anything else; with_stop: sp_channel_stop works.  0 or -errno. */
+int sp_channel_init(sp_channel *channel, int with_stop);
+/* Ends every wait, now and until sp_channel_go_on(); by any thread. */
+void sp_channel_stop(sp_channel *channel);
+void sp_channel_go_on(sp_channel *channel);
+/* Waits so long, or until stopped (1). */
+int sp_channel_pause(const sp_channel *channel, unsigned ms);
+
 /* All answer -1 and the reason on failure.  The socket and all descriptors are close-on-exec. */
 int sp_channel_open(sp_channel *channel, const char *path, uint64_t deadline, sp_trouble *trouble);
 int sp_channel_send(sp_channel *channel, const char *data, size_t len, const int *fds,
@@ -41,5 +62,6 @@ int sp_channel_receive(sp_channel *channel, sp_message *message, uint64_t deadli
 /* Closes the descriptors that came. */
 void sp_channel_drop_rights(sp_channel *channel);
 void sp_channel_close(sp_channel *channel);
+void sp_channel_deinit(sp_channel *channel);
 
 #endif

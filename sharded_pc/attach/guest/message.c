@@ -275,6 +275,18 @@ static bool on_error(reader *r, sp_text key, void *into)
     return is(key, "desc") ? take_string(r, &message->desc) : skip(r);
 }
 
+static bool on_attached(reader *r, sp_text key, void *into)
+{
+    sp_message *message = into;
+    uint64_t number;
+    if (!is(key, "guest") || next(r) == '-')
+        return skip(r);
+    if (!take_u64(r, &number) || number > INT64_MAX)
+        return false;
+    message->guest = (int64_t)number;
+    return true;
+}
+
 static bool take_event(reader *r, sp_message *message)
 {
     sp_text word;
@@ -300,6 +312,7 @@ static bool on_message(reader *r, sp_text key, void *into)
         message->huge = next(r) == 't';
     } else if (is(key, "attached")) {
         message->kind = SP_SAYS_ATTACHED;
+        return take_members(r, on_attached, message);
     } else if (is(key, "error")) {
         message->kind = SP_SAYS_ERROR;
         return take_members(r, on_error, message);
@@ -316,6 +329,7 @@ int sp_message_parse(const char *buf, size_t len, sp_message *message)
     message->kind = SP_SAYS_OTHER;
     message->desc = (sp_text){"", 0};
     message->huge = 0;
+    message->guest = -1;
     message->offer = (sp_offer){.mode = SP_MODE_UNKNOWN};
     return take_members(&r, on_message, message) && next(&r) == '\0' && r.at == r.end ? 0 : -1;
 }

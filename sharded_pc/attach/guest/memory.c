@@ -1,0 +1,120 @@
+#define _GNU_SOURCE
+#include "memory.h"
+
+#include <inttypes.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "../../native/uffd.h"
+#include "../../native/uffd_abi.h"
+
+#define COLLAPSE 25 /* MADV_COLLAPSE, Linux 6.1; Debian 12's headers lack it */
+
+/* Not libc's: the preload library's own madvise() would put it off.  EINVAL is a kernel that does
+ * not know the advice. */
+static void advise(const sp_segment *segment, int advice)
+{
+    syscall(SYS_madvise, segment->base, segment->size, advice);
+}
+
+static int open_uffds(sp_memory *memory, const sp_offer *offer, sp_trouble *trouble)
+{
+    uint64_t minor = offer->mode & UFFDIO_REGISTER_MODE_MINOR ? UFFD_FEATURE_MINOR_SHMEM : 0;
+    for (memory->shards = 0; memory->shards < offer->shards; memory->shards++) {
+        sp_uffd_info info;
+        int fd = sp_uffd_open(UFFD_FEATURE_MISSING_SHMEM | minor, memory->user_only_ok, &info);
+        if (fd < 0)
+            return sp_fail_as(trouble, SP_CAUSE_HOST, "open a userfaultfd%s: %s; `sharded-pc check` "
+                              "names the remedy", memory->user_only_ok ? ""
+                              : " that serves the kernel's faults too", strerror(-fd));
+        memory->uffds[memory->shards] = fd;
+    }
+    return 0;
+}
+
+static int register_segment(const sp_memory *memory, const sp_segment *segment,
+                            const sp_offer *offer, sp_trouble *trouble)
+{
+    uint64_t stripe = segment->first_stripe;
+    for (uint64_t at = 0; at < segment->size; stripe++) {
+        uint64_t left = segment->size - at;
+        uint64_t len = left < offer->stripe_bytes ? left : offer->stripe_bytes;
+        uint64_t addr = (uint64_t)(uintptr_t)segment->base + at;
+        int rc = sp_uffd_register(memory->uffds[stripe % offer->shards], addr, len, offer->mode,
+                                  NULL);
+        if (rc < 0)
+            return sp_fail_as(trouble, SP_CAUSE_HOST, "register %s at offset %#" PRIx64 ": %s",
+                              segment->path, at, strerror(-rc));
+        at += len;
+    }
+    return 0;
+}
+
+static void hold(const sp_memory *memory)
+{
+    for (unsigned i = 0; i < memory->n_segments; i++) {
+        advise(&memory->segments[i], MADV_DONTFORK); /* a child has no userfaultfd */
+        if (!(memory->mode & UFFDIO_REGISTER_MODE_MINOR))
+            /* Until Linux 6.4 khugepaged fills holes that wait for a page. */
+            advise(&memory->segments[i], MADV_NOHUGEPAGE);
+    }
+}
+
+int sp_memory_register(sp_memory *memory, const sp_offer *offer, const sp_offered_block **blocks,
+                       sp_trouble *trouble)
+{
+    if (open_uffds(memory, offer, trouble))
+        return -1;
+    memory->stripe_bytes = offer->stripe_bytes;
+    for (unsigned i = 0; i < memory->n_segments; i++) {
+        memory->segments[i].first_stripe = blocks[i]->first_stripe;
+        if (register_segment(memory, &memory->segments[i], offer, trouble))
+            return -1;
+    }
+    memory->mode = offer->mode;
+    hold(memory);
+    return 0;
+}
+
+int sp_memory_check_same(const sp_memory *memory, const sp_offer *offer,
+                         const sp_offered_block **blocks, sp_trouble *trouble)
+{
+    int same = memory->stripe_bytes == offer->stripe_bytes && memory->shards == offer->shards;
+    for (unsigned i = 0; same && i < memory->n_segments; i++)
+        same = memory->segments[i].first_stripe % memory->shards ==
+               blocks[i]->first_stripe % memory->shards;
+    if (!same)
+        return sp_fail(trouble, "the receiver deals the memory to other shards than before");
+    if (memory->mode != offer->mode)
+        return sp_fail(trouble, "the receiver wants the memory registered in another mode than "
+                                "before: another --placement");
+    return 0;
+}
+
+void sp_memory_close(sp_memory *memory)
+{
+    while (memory->shards)
+        close(memory->uffds[--memory->shards]);
+    memory->mode = 0;
+}
+
+void sp_memory_let_go(const sp_memory *memory)
+{
+    for (unsigned i = 0; i < memory->n_segments; i++) {
+        const sp_segment *segment = &memory->segments[i];
+        if (!segment->base)
+            continue;
+        if (!segment->dont_fork)
+            advise(segment, MADV_DOFORK);
+        if (!segment->no_huge) /* QEMU's own clean-up does the same */
+            advise(segment, MADV_HUGEPAGE);
+    }
+}
+
+void sp_memory_collapse(const sp_memory *memory)
+{
+    for (unsigned i = 0; i < memory->n_segments; i++)
+        advise(&memory->segments[i], COLLAPSE);
+}
