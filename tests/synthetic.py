@@ -437,6 +437,40 @@ class _Guest:
     def close(self) -> None:
         self._guest.close()
 
+    def read(self, block: str, offset: int) -> int:
+        """A byte, by Python's own hands: it holds the GIL while it waits for the page."""
+        return self._guest.blocks[block][offset]
+
+    def close_in_use(self, block: str, offset: int) -> int:
+        """The byte, read after a close() that was refused because of a view in use."""
+        with self._guest.blocks[block][offset : offset + 1] as view:
+            try:
+                self._guest.close()
+            except BufferError:
+                return view[0]
+        raise AssertionError("closed under a view")
+
+    def wait_in_thread(self) -> None:
+        """Until a thread waits for the end, without a timeout."""
+        self._waiting = Background(lambda: self._guest.wait())
+
+    def waited(self) -> None:
+        """Raises what that raised."""
+        self._waiting.result()
+
+    def say_into(self, path: str) -> None:
+        """What it says on stderr from now on."""
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), 2)
+
+    def child_closes(self) -> int:
+        """A forked child closes its copy of the guest: its exit code."""
+        pid = os.fork()
+        if pid == 0:
+            self._guest.close()
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
     def userfaultfds(self) -> int:
         return sum("userfaultfd" in target for target in open_files(os.getpid()))
 

@@ -30,7 +30,7 @@ typedef enum verdict { GO_ON, STOPPED, OFFERED, COMPLETED } verdict;
 /* This receiver brings no more pages, and is about to close the socket. */
 static void note_failure(sp_guest *guest, const sp_message *message, sp_trouble *trouble)
 {
-    sp_guest_object(guest, message, trouble);
+    sp_guest_object(message, guest->attached ? "dropped this guest" : "refused", trouble);
     if (guest->attached) /* else the thread ends for that reason */
         tell(guest, SP_NEWS_FAILED, trouble->text);
 }
@@ -42,7 +42,7 @@ static verdict hear_offer(sp_guest *guest, const sp_message *message, sp_trouble
         tell(guest, SP_NEWS_OFFERED, NULL);
         return OFFERED;
     }
-    sp_guest_object(guest, message, trouble);
+    sp_guest_object(message, "refused", trouble);
     return GO_ON;
 }
 
@@ -77,8 +77,7 @@ static verdict act(sp_guest *guest, const sp_message *message, sp_trouble *troub
 static verdict hear(sp_guest *guest, sp_trouble *trouble)
 {
     sp_message message;
-    sp_fail(trouble, guest->attached ? "the receiver is gone"
-                                     : "the receiver went away in the middle of the hand-over");
+    sp_fail(trouble, "%s", "");
     while (sp_channel_receive(&guest->channel, &message, SP_FOR_EVER, trouble) > 0) {
         if (guest->memory.n_segments == 0)
             return hear_offer(guest, &message, trouble);
@@ -86,6 +85,9 @@ static verdict hear(sp_guest *guest, sp_trouble *trouble)
         if (act(guest, &message, trouble) == COMPLETED)
             return COMPLETED;
     }
+    if (!*trouble->text)
+        sp_fail(trouble, "the receiver %s", guest->attached ? "is gone"
+                         : "went away in the middle of the hand-over");
     return trouble->cause == SP_CAUSE_STOPPED ? STOPPED : GO_ON;
 }
 

@@ -29,7 +29,7 @@ void sp_say(const char *who, const char *format, ...)
         return; /* nobody to tell */
 }
 
-int sp_guest_object(const sp_guest *guest, const sp_message *message, sp_trouble *trouble)
+int sp_guest_object(const sp_message *message, const char *does, sp_trouble *trouble)
 {
     char text[400];
     sp_text_print(text, sizeof text, message->desc);
@@ -37,8 +37,7 @@ int sp_guest_object(const sp_guest *guest, const sp_message *message, sp_trouble
         return sp_fail(trouble, "the migration failed: %s", text);
     if (message->kind != SP_SAYS_ERROR)
         return sp_fail(trouble, "the receiver said what the attach protocol does not allow");
-    return sp_fail(trouble, "the receiver %s: %s",
-                   guest->attached ? "dropped this guest" : "refused", text);
+    return sp_fail(trouble, "the receiver %s: %s", does, text);
 }
 
 /* The next message, which must be of this kind. */
@@ -52,7 +51,7 @@ static int expect(sp_guest *guest, sp_kind kind, sp_message *message, uint64_t d
         return sp_fail(trouble, "the receiver closed the attach socket");
     if (message->kind == kind)
         return 0;
-    return sp_guest_object(guest, message, trouble);
+    return sp_guest_object(message, "refused", trouble);
 }
 
 static int check_offer(const sp_offer *offer, unsigned n_rights, sp_trouble *trouble)

@@ -50,8 +50,8 @@ struct sp_guest {
 /* Prints "WHO: ..." on stderr, in one piece. */
 __attribute__((format(printf, 2, 3))) void sp_say(const char *who, const char *format, ...);
 
-/* This came instead of what was expected: -1 and the reason. */
-int sp_guest_object(const sp_guest *guest, const sp_message *message, sp_trouble *trouble);
+/* This came instead of what was expected; `does` is what an error means: -1 and the reason. */
+int sp_guest_object(const sp_message *message, const char *does, sp_trouble *trouble);
 
 /* A first hand-over in two steps, for who maps the memory in between.  0, or -1 and the reason.
  * open: connects and asks; the geometry is the next message.
