@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 NATIVE = Path(__file__).parent.parent / "sharded_pc" / "native"
+GUEST = NATIVE.parent / "attach" / "guest"
 TESTS = Path(__file__).parent / "native"
 SECONDS = 100
 
@@ -16,6 +18,8 @@ CORE = sorted(set(NATIVE.glob("*.c")) - {NATIVE / "binding.c"})
 WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror")
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREAD = ("-fsanitize=thread",)
+# The thread sanitizer of older compilers cannot live with much address randomisation.
+FIXED = ["setarch", "-R"] if shutil.which("setarch") else []
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
 
@@ -33,10 +37,11 @@ def build(
     sanitizer: tuple[str, ...],
     sources: tuple[str, ...],
     without: tuple[str, ...] = (),
+    core: Sequence[Path] = CORE,
 ) -> Path:
     """``without``: parts of the core that the program plays itself."""
     own = [TESTS / f"{name}.c" for name in sources]
-    core = [source for source in CORE if source.stem not in without]
+    core = [source for source in core if source.stem not in without]
     flags = ["-std=gnu11", "-g", "-O1", *WARNINGS, *sanitizer, "-pthread"]
     run(["cc", *flags, f"-I{NATIVE}", f"-I{TESTS}", "-o", program, *own, *core])
     return program
@@ -50,13 +55,18 @@ def test_undefined_behaviour_and_memory(tmp_path: Path) -> None:
 
 def test_threads(tmp_path: Path) -> None:
     """What threads share, under the thread sanitizer."""
-    program = build(tmp_path / "test_threads", THREAD, ("test_threads", "world"))
-    # The sanitizer of older compilers cannot live with much address randomisation.
-    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
-    run([*fixed, program])
+    run([*FIXED, build(tmp_path / "test_threads", THREAD, ("test_threads", "world"))])
 
 
 def test_guests_that_change_meanwhile(tmp_path: Path) -> None:
     """The kernel's part is the program's, so that a guest can come in the middle of a call."""
     without = ("uffd", "fault", "place", "worker", "ahead", "floor")
     run([build(tmp_path / "test_guests", ADDRESS, ("test_guests", "world"), without)])
+
+
+@pytest.mark.parametrize("sanitizer", [ADDRESS, THREAD], ids=["address", "thread"])
+def test_the_guests_end(tmp_path: Path, sanitizer: tuple[str, ...]) -> None:
+    """A guest's thread with receivers that come and go, and messages that are cut anywhere."""
+    sources = sorted(GUEST.glob("*.c"))
+    program = build(tmp_path / "guest_end", sanitizer, ("test_guest_end",), core=sources)
+    run([*FIXED, program, tmp_path / "socket"])
