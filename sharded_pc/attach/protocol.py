@@ -26,6 +26,12 @@ received straight into the memory ("continue" placement): what stands there may 
 through a mapping that is registered so, and the client must not touch its mapping before.  Instead
 of any answer the receiver may say {"error": {"desc": TEXT}} and close.  {"event": "FAILED", "desc":
 TEXT} after READY means that missing pages will not come from this receiver: accesses to them wait.
+
+If the socket closes before COMPLETED, another receiver may take this one's place on the same memory
+and the same path.  The client connects there again, with pauses, and hands the same userfaultfds
+over; that receiver wakes who waits, so that faults which its predecessor had read come again.  It is
+refused unless its "mode", "stripe-size", "shards" and each "first-stripe" modulo "shards" are those
+that were registered.  attach/guest is the client's end, for Python and the preload library.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ HERE = Path(__file__).parent / "native"
 TESTS = HERE.parent.parent / "native"
 PACKAGE = HERE.parent.parent.parent / "sharded_pc"
 CORE = PACKAGE / "native"
-PRELOAD = PACKAGE / "attach" / "preload"
+GUEST = PACKAGE / "attach" / "guest"
 
 _READER = (
     *sorted(set(CORE.glob("*.c")) - {CORE / "binding.c"}),
@@ -29,7 +29,7 @@ class Target:
 
 TARGETS = {
     "discards": Target((HERE / "discards.c", *_READER), ("-Wl,--wrap=syscall",)),
-    "message": Target((HERE / "message.c", PRELOAD / "message.c")),
+    "message": Target((HERE / "message.c", GUEST / "message.c")),
     "ram": Target((HERE / "ram.c", *_READER), ("-Wl,--wrap=syscall",)),
 }
 

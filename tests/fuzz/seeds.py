@@ -14,7 +14,7 @@ from tests import bad_stream_cases, stream_cases, wire_cases
 from tests.fuzz.targets import attaching, incoming
 
 SCM_MAX_FD = 253
-"""Of attach/preload/message.h too: one descriptor comes with each block."""
+"""Of attach/guest/message.h too: one descriptor comes with each block."""
 
 
 def _stream() -> Iterable[bytes]:

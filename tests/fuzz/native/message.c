@@ -1,11 +1,11 @@
-/* The preload library's reader of what a receiver says: cut from the stream, then parsed.  Texts point
+/* A guest's reader of what a receiver says: cut from the stream, then parsed.  Texts point
  * into the bytes that came, and cutting does not depend on how they came. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "check.h"
 #include "fuzz.h"
-#include "../../../sharded_pc/attach/preload/message.h"
+#include "../../../sharded_pc/attach/guest/message.h"
 
 static void check_text(sp_text text, const char *bytes, size_t size)
 {
