@@ -463,6 +463,20 @@ class _Guest:
         with open(path, "ab") as file:
             os.dup2(file.fileno(), 2)
 
+    def say_into_full_pipe(self) -> None:
+        """As say_into(), with a reader that does not read."""
+        self._unread, full = os.pipe()
+        os.set_blocking(full, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(full, bytes(1 << 16))
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(full, b"x")
+        os.set_blocking(full, True)
+        os.dup2(full, 2)
+        os.close(full)
+
     def child_closes(self) -> int:
         """A forked child closes its copy of the guest: its exit code."""
         pid = os.fork()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -241,3 +243,24 @@ def test_a_child_that_closes_disturbs_nobody(fake, guest):
         guest.say("wait")
         connection.say(COMPLETED)
         assert guest.answer() is True
+
+
+def test_an_interrupt_ends_attaching(fake, guest):
+    """Ctrl-C, while a receiver does not know its RAM yet and no time was given."""
+    guest.say("attach", str(fake.path), timeout=None)
+    with fake.connection() as connection:
+        assert connection.hear() == protocol.attach()
+        os.kill(guest.pid, signal.SIGINT)
+        assert connection.hear() is None
+    guest.process.join(WAIT_S)
+    assert guest.process.exitcode == 1
+
+
+def test_nobody_reads_what_is_said(fake, guest):
+    """A full pipe for stderr keeps no guest from its successor."""
+    guest.ask("say_into_full_pipe")
+    with attached(fake, guest):
+        guest.say("read", RAM, 5000)
+    with fake.connection() as connection:
+        serve(connection, connection.attach(fake.offer()), b"n" * 4096)
+        assert guest.answer() == ord("n")

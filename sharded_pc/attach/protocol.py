@@ -29,9 +29,9 @@ TEXT} after READY means that missing pages will not come from this receiver: acc
 
 If the socket closes before COMPLETED, another receiver may take this one's place on the same memory
 and the same path.  The client connects there again, with pauses, and hands the same userfaultfds
-over; that receiver wakes who waits, so that faults which its predecessor had read come again.  It is
-refused unless its "mode", "stripe-size", "shards" and each "first-stripe" modulo "shards" are those
-that were registered.  attach/guest is the client's end, for Python and the preload library.
+over; that receiver wakes who waits, so that faults which its predecessor had read come again.  It
+is refused unless its "mode", "stripe-size", "shards" and each "first-stripe" modulo "shards" are
+those that were registered.  attach/guest is the client's end, of Python and of the preload library.
 """
 
 from __future__ import annotations

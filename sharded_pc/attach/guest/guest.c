@@ -2,6 +2,7 @@
 #include "guest.h"
 
 #include <inttypes.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -9,7 +10,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { PAGE_BYTES = 4096, ADDRESS_ROOM = 32 };
+enum { PAGE_BYTES = 4096, ADDRESS_ROOM = 32, SAY_MS = 100 };
 
 static const char ATTACH[] = "{\"attach\": {\"version\": 1, \"modes\": "
                              "[\"missing\", \"missing+minor\"]}}\n";
@@ -25,7 +26,9 @@ void sp_say(const char *who, const char *format, ...)
     n += more > 0 ? (size_t)more : 0;
     n = n < sizeof line - 2 ? n : sizeof line - 2;
     line[n++] = '\n';
-    if (write(STDERR_FILENO, line, n) < 0)
+    /* Who does not read what is said must not keep a guest from attaching again. */
+    struct pollfd pfd = {.fd = STDERR_FILENO, .events = POLLOUT};
+    if (poll(&pfd, 1, SAY_MS) <= 0 || write(STDERR_FILENO, line, n) < 0)
         return; /* nobody to tell */
 }
 

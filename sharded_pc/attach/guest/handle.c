@@ -172,7 +172,7 @@ void sp_handle_stop(sp_handle *handle)
 int sp_handle_go_on(sp_handle *handle, sp_trouble *trouble)
 {
     sp_guest *guest = &handle->guest;
-    if (!guest->attached || atomic_load(&guest->completed))
+    if (!guest->attached || atomic_load(&guest->completed) || getpid() != handle->owner)
         return 0;
     return listen_on(handle, trouble);
 }

@@ -41,9 +41,9 @@ void sp_handle_await(sp_handle *handle, uint32_t news, int timeout_ms);
 
 /* Ends the thread: from now on nothing touches the memory.  In a forked child there is none. */
 void sp_handle_stop(sp_handle *handle);
-/* It is mapped still: listens on.  0, or -1 and the reason. */
+/* The memory is mapped still: listens on.  0, or -1 and the reason. */
 int sp_handle_go_on(sp_handle *handle, sp_trouble *trouble);
-/* It is stopped and unmapped: closes the userfaultfds and the rest, and wakes who waits. */
+/* It is stopped, and the memory unmapped: closes the userfaultfds and the rest, and wakes who waits. */
 void sp_handle_close(sp_handle *handle);
 
 #endif
