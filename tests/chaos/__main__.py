@@ -1,0 +1,76 @@
+"""``python -m tests.chaos``: migration after migration through chaos, a line for each."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from sharded_pc.geometry import Placement
+from tests.chaos import lane
+from tests.chaos.lane import COUNTED, CUTS, KILLS
+from tests.chaos.migration import Result
+
+
+def _results(args: argparse.Namespace) -> Iterator[tuple[Result, str]]:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, spawn, lane.begin) as pool:
+        seeds = range(args.seed, args.seed + args.number)
+        waiting: collections.deque = collections.deque()
+        for seed in seeds:
+            waiting.append(pool.submit(lane.one, seed, args.kills, args.placement))
+            if len(waiting) >= 2 * args.jobs:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("-n", "--number", type=int, default=100, help="of migrations (100)")
+    parser.add_argument("--seed", type=int, default=1, help="of the first one; others follow")
+    parser.add_argument("--jobs", type=int, default=2, help="migrations at a time (2)")
+    parser.add_argument("--placement", choices=list(Placement), help="default: as drawn")
+    parser.add_argument(
+        "--no-kills", dest="kills", action="store_false", help="break connections only"
+    )
+    parser.add_argument("--log", type=Path, help="a file for all lines (standard output as well)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """0 if everything went as it may."""
+    args, since = _arguments(), time.monotonic()
+    totals: collections.Counter[str] = collections.Counter()
+    wrong: list[int] = []
+    for result, line in _results(args):
+        print(line, flush=True)
+        if args.log:
+            with args.log.open("a") as log:
+                log.write(line + "\n")
+        totals.update(result.counts)
+        totals[result.outcome if result.is_right else "WRONG"] += 1
+        totals["visits"] += result.report.visits
+        if not result.is_right:
+            wrong.append(result.seed)
+    print(f"{args.number} migrations in {time.monotonic() - since:.0f} s: {_total(totals)}")
+    if wrong:
+        print(f"WRONG: seeds {wrong}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _total(totals: collections.Counter[str]) -> str:
+    kills, cuts = (sum(totals[word] for word in words) for words in (KILLS, CUTS))
+    words = ("completed", "failed cleanly", "WRONG")
+    ends = ", ".join(f"{totals[word]} {word}" for word in words)
+    detail = ", ".join(f"{totals[word]} {word}" for word in COUNTED)
+    return f"{ends}; {cuts} cuts and {kills} kills ({detail}); {totals['visits']} pages checked"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

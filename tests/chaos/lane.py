@@ -1,0 +1,38 @@
+"""One process that runs one migration after the other; its guests outlive them."""
+
+from __future__ import annotations
+
+import atexit
+
+from sharded_pc.geometry import Placement
+from tests.chaos.guest import Guest
+from tests.chaos.migration import Result, run
+from tests.chaos.plan import plan_of
+
+CUTS = ("cut", "reset", "silence")
+KILLS = ("kill", "segv", "stop")
+COUNTED = (*CUTS, "stall", *KILLS, "pauses", "mistakes")
+
+_guests: list[Guest] = []
+
+
+def begin() -> None:
+    """In each process of a pool, first."""
+    atexit.register(end)
+
+
+def end() -> None:
+    for guest in _guests:
+        guest.kill()
+    _guests.clear()
+
+
+def one(seed: int, kills: bool = True, placement: str | None = None) -> tuple[Result, str]:
+    """A migration and its line."""
+    plan = plan_of(seed, kills=kills, placement=Placement(placement) if placement else None)
+    result = run(plan, _guests)
+    parts = [f"seed={seed}", str(plan.placement), f"workers={plan.workers}"]
+    parts += ["tcp" if plan.tcp else "unix", f"guests={plan.guests}"]
+    parts += [f"{word}={result.counts[word]}" for word in COUNTED if result.counts[word]]
+    parts += [f"visits={result.report.visits}", f"writes={result.report.written}"]
+    return result, " ".join([*parts, f"{result.seconds:.2f}s", result.outcome])
