@@ -63,10 +63,10 @@ class Weather:
     """of the pieces and their delays"""
 
     def pieces(self, way: Way) -> Iterator[tuple[int, float]]:
-        """(bytes, seconds to wait before it) of each piece for ever: as many tiny ones as big."""
+        """(bytes, seconds to wait before it) of each piece for ever; one in eight is tiny."""
         draw = random.Random(f"{self.seed}/{way}")
         while True:
-            most = self.piece_bytes if draw.random() < 0.5 else min(16, self.piece_bytes)
+            most = min(16, self.piece_bytes) if draw.random() < 0.125 else self.piece_bytes
             yield draw.randint(1, most), draw.uniform(0, self.delay_s)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import collections
-import multiprocessing
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
 
+from sharded_pc import processes
 from sharded_pc.geometry import Placement
 from tests.chaos import lane
 from tests.chaos.lane import COUNTED, CUTS, KILLS
@@ -18,16 +18,27 @@ from tests.chaos.migration import Result
 
 
 def _results(args: argparse.Namespace) -> Iterator[tuple[Result, str]]:
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, spawn, lane.begin) as pool:
-        seeds = range(args.seed, args.seed + args.number)
-        waiting: collections.deque = collections.deque()
-        for seed in seeds:
-            waiting.append(pool.submit(lane.one, seed, args.kills, args.placement))
-            if len(waiting) >= 2 * args.jobs:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    """As they come."""
+    seeds = iter(range(args.seed, args.seed + args.number))
+    lanes = [
+        processes.start(lane.main, args.kills, args.placement, name=f"chaos-{number}")
+        for number in range(min(args.jobs, args.number))
+    ]
+    busy = [conn for _, conn in lanes]
+    for conn in busy:
+        conn.send(next(seeds))
+    try:
+        while busy:
+            for conn in wait(busy):
+                yield conn.recv()
+                if (seed := next(seeds, None)) is None:
+                    busy.remove(conn)
+                else:
+                    conn.send(seed)
+    finally:
+        for process, conn in lanes:
+            conn.close()
+            process.join()
 
 
 def _arguments() -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 
 from sharded_pc.geometry import Placement
 from tests.chaos.guest import Guest
@@ -16,9 +16,12 @@ COUNTED = (*CUTS, "stall", *KILLS, "pauses", "mistakes")
 _guests: list[Guest] = []
 
 
-def begin() -> None:
-    """In each process of a pool, first."""
-    atexit.register(end)
+def main(conn, kills: bool, placement: str | None) -> None:
+    """Gets seeds, answers (Result, line) for each, until the other end is closed."""
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            conn.send(one(conn.recv(), kills, placement))
+    end()
 
 
 def end() -> None:

@@ -78,7 +78,7 @@ def plan_of(seed: int, *, kills: bool = True, placement: Placement | None = None
 
 def _oracle(draw: random.Random, seed: int) -> ChangingOracle:
     """Blocks of one to five stripes, one of them smaller than a stripe."""
-    sizes = {"pc.ram": draw.randint(256, 2048), "vga.vram": draw.randint(64, 512)}
+    sizes = {"pc.ram": draw.randint(256, 1280), "vga.vram": draw.randint(64, 512)}
     if draw.random() < 0.5:
         sizes["pc.bios"] = draw.randint(1, 64)
     return ChangingOracle(
@@ -146,8 +146,7 @@ class _Legs:
         if end is not None:
             ways = draw.choice((BOTH, BOTH, (Way.FORTH,), (Way.BACK,)))
             faults.append(Fault(draw.choice(ENDS), end, ways=ways, seconds=draw.uniform(0.01, 0.1)))
-        pieces = draw.choice((1 << 12, 1 << 14, 1 << 16, 1 << 16))
-        delay = draw.choice((0.0, 0.0, 0.0, 0.0005))
+        pieces, delay = draw.choice(((1 << 12, 0), (1 << 14, 0), (1 << 16, 0), (1 << 16, 0.0002)))
         return Leg(Weather(tuple(faults), pieces, delay, draw.random()))
 
     def _stall(self, reach: int) -> Fault:
