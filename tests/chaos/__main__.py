@@ -50,7 +50,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--no-kills", dest="kills", action="store_false", help="break connections only"
     )
-    parser.add_argument("--log", type=Path, help="a file for all lines (standard output as well)")
+    parser.add_argument(
+        "--details", type=Path, default=Path("build/chaos"), metavar="DIR",
+        help="what is known of migrations that went wrong (build/chaos/SEED)",
+    )  # fmt: skip
     return parser.parse_args()
 
 
@@ -61,14 +64,13 @@ def main() -> int:
     wrong: list[int] = []
     for result, line in _results(args):
         print(line, flush=True)
-        if args.log:
-            with args.log.open("a") as log:
-                log.write(line + "\n")
         totals.update(result.counts)
         totals[result.outcome if result.is_right else "WRONG"] += 1
         totals["visits"] += result.report.visits
         if not result.is_right:
             wrong.append(result.seed)
+            args.details.mkdir(parents=True, exist_ok=True)
+            (args.details / str(result.seed)).write_text(result.detail)
     print(f"{args.number} migrations in {time.monotonic() - since:.0f} s: {_total(totals)}")
     if wrong:
         print(f"WRONG: seeds {wrong}", file=sys.stderr)

@@ -9,28 +9,41 @@ import threading
 from pathlib import Path
 
 from sharded_pc.observe.view import ReceiverView
-from tests.chaos.plan import Kill
-from tests.receiver import MARK
+from tests.chaos.plan import ALL, SPARE, Kill
+from tests.receiver import MARK, Receiver
 
 
 class Killer:
     """`sent` counts signals that found their process."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+        self._name = receiver.name
         self._timers: list[threading.Timer] = []
         self.sent: dict[str, int] = {"KILL": 0, "SEGV": 0, "STOP": 0}
 
     def kill(self, kill: Kill) -> None:
-        """Whoever is the worker of the shard now, if there is one."""
-        with contextlib.suppress(OSError), ReceiverView(self._name) as view:
-            pid = view.info()["sharded"]["shards"][kill.shard]["pid"]
-            self._signal(pid, kill.signal)
-            self.sent[kill.signal] += 1
+        """Whoever it is now, if there is one."""
+        for pid in self._pids(kill.whom):
+            with contextlib.suppress(OSError):
+                self._signal(pid, kill.signal)
+                self.sent[kill.signal] += 1
             if kill.stopped_s is not None:
                 timer = threading.Timer(kill.stopped_s, self._go_on, (pid,))
                 self._timers.append(timer)
                 timer.start()
+
+    def _pids(self, whom: int | str) -> list[int]:
+        try:
+            with ReceiverView(self._name) as view:
+                pids = [shard["pid"] for shard in view.info()["sharded"]["shards"]]
+        except OSError:
+            return []  # it is not there yet, or not any more
+        if whom == SPARE:
+            others = {self._receiver.pid, *pids}
+            return [pid for pid in self._receiver.processes()
+                    if pid not in others and not _is_tracker(pid)]  # fmt: skip
+        return pids if whom == ALL else [pids[whom]]
 
     def _go_on(self, pid: int) -> None:
         with contextlib.suppress(OSError):  # it was replaced meanwhile
@@ -48,6 +61,14 @@ class Killer:
         for timer in self._timers:
             timer.cancel()
             timer.join()
+
+
+def _is_tracker(pid: int) -> bool:
+    """multiprocessing's, or somebody who has just ended."""
+    try:
+        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True
 
 
 class _PidFd:

@@ -11,7 +11,7 @@ from tests.chaos.plan import plan_of
 
 CUTS = ("cut", "reset", "silence")
 KILLS = ("kill", "segv", "stop")
-COUNTED = (*CUTS, "stall", *KILLS, "pauses", "mistakes")
+COUNTED = (*CUTS, "stall", *KILLS, "restarts", "pauses", "mistakes")
 
 _guests: list[Guest] = []
 

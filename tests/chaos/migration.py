@@ -16,6 +16,7 @@ import socket
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from sharded_pc.address import Address, TcpAddress, UnixAddress
 from sharded_pc.address import parse as parse_address
 from sharded_pc.errors import ConnectionLost
 from sharded_pc.testing.chaos import ChaosProxy
-from sharded_pc.testing.faults import Fault, Kind, Weather
+from sharded_pc.testing.faults import ENDS, Fault, Kind, Weather
 from tests.chaos.guest import Guest, Report, Task
 from tests.chaos.killer import Killer
 from tests.chaos.operator import OVER, PAUSED, WAITS, Operator, dial
@@ -47,6 +48,9 @@ class Wrong(AssertionError):
 class Result:
     seed: int
     outcome: str
+    """a line"""
+    detail: str
+    """all that is known if it is not right"""
     seconds: float
     counts: collections.Counter[str]
     report: Report
@@ -70,7 +74,7 @@ class Chaos:
             folder, self._name, incoming, "--placement", plan.placement.value, "--workers",
             str(plan.workers), keep=False, control=True,
         )  # fmt: skip
-        self._killer = Killer(self._name)
+        self._killer = Killer(self.receiver)
         self._source: _Source | None = None
         self._attached = 0
         self._silenced = threading.Event()
@@ -201,6 +205,7 @@ class Chaos:
         info = outcome.info
         if info is None:
             raise Wrong(f"the receiver ended with {outcome.exit_code} and told nothing")
+        self.counts["restarts"] = sum(s["restarts"] for s in info["sharded"]["shards"])
         if info["status"] == "completed":
             if outcome.exit_code != 0 or info["ram"]["remaining"]:
                 raise Wrong(f"completed with exit code {outcome.exit_code}, {info['ram']}")
@@ -212,7 +217,7 @@ class Chaos:
         return "failed cleanly", Report()
 
     def _broken(self) -> bool:
-        return any(fault.kind is not Kind.STALL for _, fault in self.proxy.happened)
+        return any(fault.kind in ENDS for _, fault in self.proxy.happened)
 
     def _hear_guests(self) -> Report:
         reports = [guest.report(STEP_S) for guest in self._guests[: self._attached]]
@@ -258,15 +263,16 @@ def run(plan: Plan, guests: list[Guest]) -> Result:
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         chaos = Chaos(plan, Path(folder), guests)
         try:
-            outcome, report = chaos.run()
+            (outcome, report), detail = chaos.run(), ""
             _check_nothing_left(chaos, Path(folder))
         except (AssertionError, OSError) as error:
-            outcome, report = f"WRONG {type(error).__name__}: {error}", Report()
+            outcome, report = f"WRONG {type(error).__name__}: {error}".splitlines()[0], Report()
+            detail = "".join([*traceback.format_exception(error), chaos.receiver.stderr()])
     if outcome != "completed":
         for guest in guests:
             guest.kill()
         guests.clear()
-    return Result(plan.seed, outcome, time.monotonic() - since, chaos.counts, report)
+    return Result(plan.seed, outcome, detail, time.monotonic() - since, chaos.counts, report)
 
 
 def _check_nothing_left(chaos: Chaos, folder: Path) -> None:

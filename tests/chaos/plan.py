@@ -21,11 +21,15 @@ MISTAKES = ("nonsense", "nowhere", "elsewhere", "stranger", "knock")
 """What an operator, and who else can reach the address, does wrong before it goes well."""
 
 
+ALL, SPARE = "all", "spare"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Kill:
-    """A signal for a shard's worker; one that was stopped goes on after `stopped_s`, or is left."""
+    """A signal; a worker that was stopped goes on after `stopped_s`, or is left."""
 
-    shard: int
+    whom: int | str
+    """a shard's worker, ALL of them at once, or who waits for the day it is needed, SPARE"""
     signal: str
     stopped_s: float | None = None
 
@@ -185,7 +189,8 @@ class _Legs:
         draw = self._draw
         signal = draw.choice(SIGNALS)
         stopped = draw.choice((None, draw.uniform(0.001, 0.2))) if signal == "STOP" else None
-        return Kill(draw.randrange(self._workers), signal, stopped)
+        whom = draw.choice((*range(self._workers), *range(self._workers), ALL, SPARE))
+        return Kill(whom, signal, stopped)
 
 
 def _with_faults(leg: Leg, faults: tuple[Fault, ...]) -> Leg:
