@@ -5,6 +5,7 @@
 #   make check     what can this host do?
 #   make lint      ruff
 #   make fuzz      all fuzz targets, TIME=600 seconds each; ARGS="ram stream" chooses some
+#   make chaos     N=100 migrations over wires that break, workers that die; SEED=1 is the first one's
 #   make setup     only the set-up
 #   make clean     forget all of it
 #
@@ -27,8 +28,10 @@ PACKAGES := $(sort $(dir $(wildcard sharded_pc/*/__init__.py sharded_pc/*/*/__in
 RUFF := $(VENV)/.ruff
 FUZZ := $(VENV)/.fuzz
 TIME ?= 600
+N ?= 100
+SEED ?= 1
 
-.PHONY: setup demo test check lint fuzz clean system-packages newer-qemu
+.PHONY: setup demo test check lint fuzz chaos clean system-packages newer-qemu
 
 setup: $(INSTALLED)
 
@@ -52,6 +55,9 @@ lint: $(RUFF)
 
 fuzz: setup $(FUZZ)
 	$(BIN)/python -m tests.fuzz --seconds $(TIME) $(ARGS)
+
+chaos: setup
+	$(BIN)/python -m tests.chaos --number $(N) --seed $(SEED) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .mypy_cache
