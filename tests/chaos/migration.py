@@ -173,21 +173,23 @@ class Chaos:
             self._silenced.clear()
             self.operator.pause()
             self.proxy.drop()
-        status = self.operator.hear((PAUSED,), AGAIN_S if self._awaited else STEP_S)
-        if status is None and not self._awaited:
-            raise Wrong(
-                f"the connection broke, and {STEP_S:g} s later it is {self.operator.status}"
-            )
+        status = self._hear_of_it()
         if status in (*OVER, "gone"):
             return True
         if status == PAUSED:
             self._recover(self._plan.leg(self._connections))
         return False
 
-    @property
-    def _awaited(self) -> bool:
-        """A connection that broke before its first word is none."""
-        return self.operator.status == WAITS
+    def _hear_of_it(self) -> str:
+        """What the receiver is when it has noticed.  A connection that broke before its first word
+        is none: it awaits the source as before."""
+        deadline = time.monotonic() + STEP_S
+        while time.monotonic() < deadline:
+            if status := self.operator.hear((PAUSED,), AGAIN_S):
+                return status
+            if self.operator.status == WAITS:
+                return WAITS
+        raise Wrong(f"the connection broke, and {STEP_S:g} s later it is {self.operator.status}")
 
     @property
     def _connections(self) -> int:
