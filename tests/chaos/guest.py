@@ -74,13 +74,16 @@ def _main(conn) -> None:
 
 
 def _migrate(task: Task) -> Report:
+    """After a failure threads may still wait in memory that must stay mapped then."""
     try:
-        with sharded_pc.attach(task.attach, timeout=STEP_S, wait_ready=False) as guest:
-            guest.wait_ready(STEP_S)
-            visits = [_Visitor(guest, task, thread) for thread in range(THREADS)]
-            guest.wait(STEP_S * 2)
-            return _sum([visit.end() for visit in visits])
-    except (ShardedPcError, OSError) as error:
+        guest = sharded_pc.attach(task.attach, timeout=STEP_S, wait_ready=False)
+        guest.wait_ready(STEP_S)
+        visitors = [_Visitor(guest, task, thread) for thread in range(THREADS)]
+        guest.wait(STEP_S * 2)
+        report = _sum([visitor.end() for visitor in visitors])
+        guest.close()
+        return report
+    except (ShardedPcError, OSError, BufferError) as error:
         return Report(failed=f"{type(error).__name__}: {error}")
 
 
