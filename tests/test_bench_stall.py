@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from sharded_pc.bench.stall_cases import CASES
+from sharded_pc.cli.bench import Stall
 from tests.test_bench import bench, measured
 
 pytestmark = pytest.mark.uffd
@@ -27,14 +29,17 @@ def test_results_are_of_each_case_in_turns() -> None:
 
 
 def test_the_table_names_what_was_done() -> None:
-    done = bench("stall", "--size", "8M", "--repeat", "1", "--placement", "copy")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "8 MiB" in done.stdout
-    for case in ("nothing", "worker-killed", "worker-stopped", "workers-killed"):
-        assert done.stdout.count(case) == 1
+    done = bench("stall", "--size", "12M", "--repeat", "1", "--placement", "copy")
+    assert done.returncode == 0, done.stderr
+    assert "12 MiB" in done.stdout
+    assert {line.split()[0] for line in done.stdout.splitlines()[-6:]} == {"nothing", *CASES}
+
+
+def test_the_command_knows_all_cases() -> None:
+    assert set(Stall.cases) == set(CASES)
 
 
 def test_a_sample_needs_pages() -> None:
     done = bench("stall", "--size", "8M", "--repeat", "20")
     assert done.returncode == 2
-    assert done.stderr == "sharded-pc: --size: at least 160M for --repeat 20\n"
+    assert done.stderr == "sharded-pc: --size: at least 240M for --repeat 20\n"

@@ -6,11 +6,12 @@ import socket
 import threading
 from types import TracebackType
 
-from sharded_pc.errors import GuestLost, ShardedPcError
+from sharded_pc.errors import ConnectionLost, GuestLost, ShardedPcError
 from sharded_pc.geometry import PAGE_BYTES, RamBlock
 from sharded_pc.native.page_service import PATTERN_KEY, PageService
 from sharded_pc.native.ram import NotYet, Stop, Stopped
-from sharded_pc.wire import writer
+from sharded_pc.wire import return_path, writer
+from sharded_pc.wire.steps import Some
 
 BLOCK = "pc.ram"
 FIRST_BYTE = PATTERN_KEY & 0xFF
@@ -20,25 +21,75 @@ STUCK_SECONDS = 30.0
 _SECTION_END = len(writer.eos() + writer.footer())
 
 
+def _connected(uri: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(STUCK_SECONDS)
+    sock.connect(uri.removeprefix("unix:"))
+    return sock
+
+
 class PageSource:
     """Serves `size` bytes to the receiver at a unix address until the block ends."""
 
     def __init__(self, uri: str, size: int) -> None:
-        self._path, self._size = uri.removeprefix("unix:"), size
+        self._size = size
         self._stop = Stop()
         self._error: ShardedPcError | None = None
-        self._sock = socket.socket(socket.AF_UNIX)
-        self._sock.settimeout(STUCK_SECONDS)
-        self._thread = threading.Thread(target=self._serve, name="page-source")
+        self._may_be_lost = False
+        self._sock = _connected(uri)
 
     def __enter__(self) -> PageSource:
-        self._sock.connect(self._path)
         self._begin()
+        self._go_on()
+        return self
+
+    def _go_on(self) -> None:
+        self._may_be_lost = False
         self._service = PageService(
             self._sock.fileno(), self._stop, BLOCK, 0, self._size // PAGE_BYTES
         )
+        self._thread = threading.Thread(target=self._serve, name="page-source")
         self._thread.start()
-        return self
+
+    def expect_loss(self) -> None:
+        """The receiver may go away from now on, until resume()."""
+        self._may_be_lost = True
+
+    def cut(self) -> None:
+        """Both directions end."""
+        self.expect_loss()
+        self._sock.shutdown(socket.SHUT_RDWR)
+
+    def resume(self, uri: str) -> None:
+        """Goes on with the paused receiver at another address; ConnectionLost."""
+        self._thread.join(STUCK_SECONDS)
+        self._sock.close()
+        self._sock = _connected(uri)
+        self._sock.sendall(writer.recv_bitmap(BLOCK))
+        self._expect(return_path.RecvBitmap)
+        self._sock.sendall(writer.postcopy_resume())
+        self._expect(return_path.ResumeAck)
+        self._sock.sendall(writer.ram_section(b"")[:-_SECTION_END])
+        self._go_on()
+
+    def _expect(self, kind: type) -> None:
+        """Takes one message and not a byte more."""
+        parser = return_path.messages()
+        want = next(parser)
+        while not isinstance(want, kind):
+            size = want.most if isinstance(want, Some) else want
+            if not isinstance(size, int):
+                raise ConnectionLost(f"the receiver says {size} in a recovery")
+            want = parser.send(self._read(size))
+
+    def _read(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            piece = self._sock.recv(size - len(data))
+            if not piece:
+                raise ConnectionLost("the receiver closed in the middle of a recovery")
+            data += piece
+        return bytes(data)
 
     def _begin(self) -> None:
         """Through the switch, into a section of pages that does not end."""
@@ -62,7 +113,8 @@ class PageSource:
         except Stopped:
             pass
         except ShardedPcError as error:
-            self._error = error
+            if not self._may_be_lost:
+                self._error = error
 
     def check(self) -> None:
         """GuestLost if it could not go on."""

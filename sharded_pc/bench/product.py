@@ -15,6 +15,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qemu.qmp import QMPClient, QMPError
+
 from sharded_pc.bench import usage
 from sharded_pc.errors import GuestLost, HostError
 
@@ -34,14 +36,15 @@ class Ending:
 
 
 class Product:
-    """`sharded-pc receive ADDRESS`, or `run` if `qemu` is a destination's command line; a context
-    manager.  HostError if it does not come to listen, GuestLost if it ends too early."""
+    """`sharded-pc receive ADDRESS` (None: `--resume` of a dead one), or `run` if `qemu` is a
+    destination's command line; a context manager.  HostError if it does not come to listen,
+    GuestLost if it ends too early."""
 
     def __init__(
         self,
         folder: Path,
         name: str,
-        address: str,
+        address: str | None,
         *options: str,
         workers: int = 2,
         placement: str = "copy",
@@ -52,7 +55,9 @@ class Product:
         self.attach_path = str(folder / f"{name}.attach")
         self.control_path = str(folder / f"{name}.control")
         self._stdout, self._stderr = folder / f"{name}.stdout", folder / f"{name}.stderr"
-        self._command = [sys.executable, "-m", "sharded_pc", "run" if qemu else "receive", address]
+        self._command = [sys.executable, "-m", "sharded_pc", "run" if qemu else "receive"]
+        self._command += ["--resume", name] if address is None else [address]
+        self._command += ["--control", self.control_path] if "--control" not in options else []
         self._command += ["--name", name, "--workers", str(workers), "--placement", placement]
         self._command += ["--attach", self.attach_path, "--json", "--no-progress", *options]
         self._tail = ["--", *qemu] if qemu else []
@@ -60,7 +65,7 @@ class Product:
         self._process: subprocess.Popen[bytes] | None = None
         self._cpu_seconds = 0.0
         self.uri = ""
-        """where a source migrates to, with TCP's real port"""
+        """where a source migrates to, with TCP's real port; "" after --resume"""
 
     def __enter__(self) -> Product:
         return self.start()
@@ -100,8 +105,7 @@ class Product:
         if not ready or not os.read(status_fd, 1):
             raise HostError(f"the receiver does not listen: {self.last_words()}")
         found = re.search(r"^(?:listening on|reading from) (\S+)$", self._said(), re.MULTILINE)
-        assert found is not None, self._said()
-        self.uri = found[1]
+        self.uri = found[1] if found is not None else ""
 
     def _said(self) -> str:
         return self._stderr.read_text(errors="replace")
@@ -136,6 +140,18 @@ class Product:
         """What --json has printed; with `run` it is there before the end."""
         text = self._stdout.read_text()
         return json.loads(text) if text.endswith("\n") else None
+
+    async def execute(self, command: str, **arguments: object) -> object:
+        """A command on its control socket; HostError with its answer if that is an error."""
+        client = QMPClient("bench")
+        try:
+            await client.connect(self.control_path)
+            return await client.execute(command, arguments or None)
+        except (QMPError, OSError) as error:
+            raise HostError(f"{command}: {error}") from error
+        finally:
+            with contextlib.suppress(QMPError, EOFError, OSError):
+                await client.disconnect()
 
     def _reaped(self, flags: int) -> bool:
         """Whether it has ended.  By wait4(): only that tells what its children used as well."""

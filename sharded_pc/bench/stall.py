@@ -8,141 +8,23 @@ is measured beside the same without it, in turns.  A wrong byte ends the benchma
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-import os
-import signal
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from sharded_pc import host
 from sharded_pc.bench import bare
-from sharded_pc.bench.guest import GuestProcess
-from sharded_pc.bench.page_source import BLOCK, FIRST_BYTE, PageSource
-from sharded_pc.bench.product import Product
+from sharded_pc.bench.page_source import FIRST_BYTE
 from sharded_pc.bench.report import aligned
-from sharded_pc.errors import GuestLost, UsageError
+from sharded_pc.bench.stall_cases import CASES, Case, Scene
+from sharded_pc.errors import UsageError
 from sharded_pc.geometry import PAGE_BYTES
-from sharded_pc.observe.view import ReceiverView
-from sharded_pc.shards.shard import DEATHS_MOST, DEATHS_SECONDS
 
-STRIKE_SECONDS = 0.02
-"""From the first touch on."""
 LEAST_PAGES = 512
 """A sample has to last longer than that."""
-RECOVER_SECONDS = 30.0
 KEYS = ("case", "path", "placement", "workers")
-
-
-class Scene:
-    """One migration in postcopy: a receiver of its own process, a source, a guest."""
-
-    def __init__(self, folder: Path, name: str, placement: str, workers: int, size: int) -> None:
-        self.placement, self.workers, self.size = placement, workers, size
-        self._product = Product(
-            folder, name, f"unix:{folder}/{name}", workers=workers, placement=placement
-        )
-        self._exit = contextlib.ExitStack()
-
-    def __enter__(self) -> Scene:
-        try:
-            self._product.start()
-            self._exit.callback(self._product.close)
-            self.source = self._exit.enter_context(PageSource(self._product.uri, self.size))
-            self.guest = GuestProcess(self._product.attach_path, BLOCK)
-            self._exit.callback(self.guest.close)
-            self.guest.wait_attached()
-            self._view = self._exit.enter_context(ReceiverView(self._product.name))
-        except BaseException:
-            self._exit.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._exit.close()
-
-    def shards(self) -> list[dict]:
-        return self._view.info()["sharded"]["shards"]
-
-    def stall_ms(self, first: int, count: int, seed: int, strike: Callable[[], None]) -> float:
-        """The longest wait for one of `count` pages; `strike` is called in the middle."""
-        timer = threading.Timer(STRIKE_SECONDS, strike)
-        timer.start()
-        try:
-            touched = self.guest.touch(seed, 1, FIRST_BYTE, first, count)
-        finally:
-            timer.join()
-        self.source.check()
-        return max(touched.latencies) / 1e6
-
-
-class Case:
-    """What is lost in the middle of a sample; this one: nothing, what the others are compared
-    with.  `mend()` returns when the next sample may begin."""
-
-    name = "nothing"
-
-    def __init__(self, scene: Scene) -> None:
-        self.scene = scene
-
-    def strike(self) -> None: ...
-
-    def mend(self) -> None: ...
-
-
-class WorkerKilled(Case):
-    """One worker, each in its turn."""
-
-    name = "worker-killed"
-    signo = signal.SIGKILL
-    pause_seconds = DEATHS_SECONDS / (DEATHS_MOST - 1) + 0.1
-    """between two deaths of a shard, so that it is not given up"""
-
-    def __init__(self, scene: Scene) -> None:
-        super().__init__(scene)
-        self._turns = itertools.cycle(range(scene.workers))
-        self._expected = 0
-
-    def victims(self) -> list[int]:
-        return [next(self._turns)]
-
-    def strike(self) -> None:
-        shards, victims = self.scene.shards(), self.victims()
-        self._expected = sum(shard["restarts"] for shard in shards) + len(victims)
-        for victim in victims:
-            os.kill(shards[victim]["pid"], self.signo)
-
-    def mend(self) -> None:
-        """The successors serve, and the next spare has had time to start."""
-        deadline = time.monotonic() + RECOVER_SECONDS
-        while sum(shard["restarts"] for shard in self.scene.shards()) < self._expected:
-            if time.monotonic() > deadline:
-                raise GuestLost("a lost worker got no successor")
-            time.sleep(0.001)
-        time.sleep(self.pause_seconds)
-
-
-class WorkerStopped(WorkerKilled):
-    """It lives and does nothing."""
-
-    name = "worker-stopped"
-    signo = signal.SIGSTOP
-
-
-class WorkersKilled(WorkerKilled):
-    """All at once: there is one spare."""
-
-    name = "workers-killed"
-
-    def victims(self) -> list[int]:
-        return list(range(self.scene.workers))
-
-
-CASES = {case.name: case for case in (WorkerKilled, WorkerStopped, WorkersKilled)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

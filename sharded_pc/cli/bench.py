@@ -208,8 +208,8 @@ class Stall:
     """The longest wait of a guest while something is lost."""
 
     name = "stall"
-    help = "how long a guest stalls when a worker is lost, beside the same without a loss"
-    cases = ("worker-killed", "worker-stopped", "workers-killed")
+    help = "how long a guest stalls when a worker, the wire or all is lost, beside no loss"
+    cases = ("worker-killed", "worker-stopped", "workers-killed", "wire-cut", "receiver-killed")
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         _add_common(parser, "256M")
