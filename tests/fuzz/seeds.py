@@ -49,6 +49,7 @@ def _return_path() -> Iterable[bytes]:
 def _addresses() -> Iterable[bytes]:
     yield from (b"tcp:0.0.0.0:4444", b"tcp:[::1]:1", b"unix:/tmp/m", b"fd:3", b"exec:cat f")
     yield from (b"file:/tmp/recording", b"file:/tmp/recording,offset=0x1000")
+    yield b"tcp:a:1,keep-alive=on,keep-alive-idle=9,keep-alive-interval=2,keep-alive-count=3"
 
 
 def _attaching() -> Iterable[bytes]:
