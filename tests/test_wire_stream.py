@@ -6,7 +6,7 @@ import contextlib
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharded_pc.errors import RemoteProtocolError, StreamEnded
@@ -150,6 +150,7 @@ def test_pings_in_a_package(pings: tuple[int, ...]) -> None:
     assert inside == [*want, e.PostcopyRun()]
 
 
+@settings(deadline=None)  # a loaded machine is no error
 @given(st.binary(max_size=400))
 def test_any_bytes_are_events_or_an_error(garbage: bytes) -> None:
     for ready in (cases.HEAD, cases.READY, cases.READY + b"\x02\0\0\0\2", cases.READY + cases.END):
@@ -283,3 +284,26 @@ def test_bad_recoveries(raw: bytes, error: str, offset: int | None) -> None:
         resumed(raw)
     assert caught.value.what.startswith(error)
     assert offset is None or caught.value.offset == offset
+
+
+# --- device state that is made to be searched ---
+
+
+@pytest.mark.parametrize("size", [1 << 24, 5000])
+def test_device_state_full_of_beginnings_is_refused(size: int) -> None:
+    """Each byte is looked at once, and beginnings are counted, not kept."""
+    stream = (
+        cases.READY + cases.END + b"\x04" + (b"\x00\x06" + size.to_bytes(4, "big") + b"{") * 5000
+    )
+    with pytest.raises(RemoteProtocolError, match="more than 64 beginnings of a VMDESCRIPTION"):
+        play([stream])
+
+
+def test_a_description_behind_a_lot_of_device_state_is_found_in_time() -> None:
+    """A beginning that never ends does not make what follows be read again and again."""
+    trap = b"\x00\x06" + (1 << 24).to_bytes(4, "big") + b"{"
+    filler = b"\x00\x06" + (3).to_bytes(4, "big") + b"["
+    stream = cases.READY + cases.END + b"\x04" + trap + filler * 600_000
+    pieces = [stream[at : at + 4096] for at in range(0, len(stream), 4096)]
+    _, feed = play([*pieces, b"\x00" + writer.vmdescription({"page_size": 4096})])
+    assert feed.done

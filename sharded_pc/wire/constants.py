@@ -101,6 +101,11 @@ MAX_PACKAGE_BYTES = 256 << 20
 """Device state in one package; QEMU's format allows 4 GiB, real guests send kilobytes."""
 MAX_DEVICES_BYTES = 256 << 20
 """Device state after RAM when a migration completes in precopy."""
+MAX_DESCRIPTION_BYTES = 16 << 20
+"""A VMDESCRIPTION's JSON; real ones have some hundred kilobytes."""
+MAX_DESCRIPTIONS = 64
+"""Places in device state that look like the beginning of one; in random bytes there is hardly one,
+and each may cost a look at all of its JSON."""
 MAX_BLOCKS = 250
 """RAMBlocks of one guest (control.h SP_MAX_BLOCKS)."""
 MAX_RAM_BYTES = 1 << 46

@@ -230,15 +230,35 @@ def _package(length: int) -> Parser:
     return bytes(blob)
 
 
-def _description_at(tail: bytearray, start: int) -> tuple[int, int] | None:
-    """Where a complete EOF + VMDESCRIPTION stands at or behind `start`: (EOF's place, JSON's)."""
-    at = start
-    while (at := tail.find(b"\x00\x06", at)) >= 0:
-        size = int.from_bytes(tail[at + 2 : at + 6], "big")
-        if len(tail) - at - 6 == size > 0 and tail[at + 6] == 0x7B and _is_json(tail[at + 6 :]):
-            return at, at + 6
-        at += 1
-    return None
+class _Descriptions:
+    """Where an EOF and a VMDESCRIPTION may stand in device state, by the place at which its JSON
+    would end.  Every byte is looked at once, however the stream comes."""
+
+    def __init__(self) -> None:
+        self._looked = 0
+        self._by_end: dict[int, list[int]] = {}
+
+    def look(self, seen: bytearray) -> None:
+        """At what has come; RemoteProtocolError if it is made to be looked at for ever."""
+        at = self._looked
+        while (at := seen.find(b"\x00\x06", at)) >= 0 and at + 7 <= len(seen):
+            size = int.from_bytes(seen[at + 2 : at + 6], "big")
+            if size <= c.MAX_DESCRIPTION_BYTES and seen[at + 6] == 0x7B:
+                self._by_end.setdefault(at + 6 + size, []).append(at)
+            at += 1
+        self._looked = at if at >= 0 else max(len(seen) - 1, 0)
+        self._by_end = {end: at for end, at in self._by_end.items() if end >= len(seen)}
+        if sum(map(len, self._by_end.values())) > c.MAX_DESCRIPTIONS:
+            raise RemoteProtocolError(
+                f"device state with more than {c.MAX_DESCRIPTIONS} beginnings of a VMDESCRIPTION"
+            )
+
+    def ending(self, seen: bytearray) -> tuple[int, int] | None:
+        """(EOF's place, JSON's) of the first that is complete now."""
+        for at in self._by_end.get(len(seen), ()):
+            if _is_json(seen[at + 6 :]):
+                return at, at + 6
+        return None
 
 
 def _is_json(raw: bytearray) -> bool:
@@ -251,10 +271,8 @@ def _is_json(raw: bytearray) -> bool:
 def _until_description(tail: bytes) -> Parser:
     """Everything up to EOF and VMDESCRIPTION; without one, up to the end of the stream if what
     stands there is a device's footer and EOF.  Only the last description in the bytes can be the
-    stream's, so a search starts where the one before found a candidate whose JSON is not complete.
-    """
-    seen = bytearray(tail)
-    start = 0
+    stream's."""
+    seen, descriptions = bytearray(tail), _Descriptions()
     while True:
         more = yield Some(1 << 20)
         if not more:
@@ -266,11 +284,10 @@ def _until_description(tail: bytes) -> Parser:
             raise RemoteProtocolError(
                 f"more than {c.MAX_DEVICES_BYTES} bytes of device state after RAM"
             )
-        found = _description_at(seen, start)
-        if found is not None:
+        descriptions.look(seen)
+        if (found := descriptions.ending(seen)) is not None:
             end, body = found
             return bytes(seen[:end]), bytes(seen[body:])
-        start = _oldest_candidate(seen, start)
 
 
 def _ends_whole(seen: bytearray) -> bool:
@@ -278,14 +295,3 @@ def _ends_whole(seen: bytearray) -> bool:
     byte alone may be any byte of a device's state."""
     footer, section, end = seen[-6:-5], seen[-5:-1], seen[-1:]
     return footer == b"\x7e" and end == b"\0" and b"\x04" + section in seen
-
-
-def _oldest_candidate(seen: bytearray, start: int) -> int:
-    """The first place from `start` on where an incomplete description may begin."""
-    at = start
-    while (at := seen.find(b"\x00\x06", at)) >= 0:
-        size = int.from_bytes(seen[at + 2 : at + 6], "big")
-        if len(seen) < at + 7 or (len(seen) - at - 6 < size and seen[at + 6] == 0x7B):
-            return at
-        at += 1
-    return max(len(seen) - 6, 0)
