@@ -14,6 +14,7 @@ enum { SP_MESSAGE_ROOM = 256 << 10 }; /* 250 blocks with names of 255 bytes need
 typedef enum sp_cause {
     SP_CAUSE_RECEIVER = 0, /* it went away, refused, or said what nobody expected */
     SP_CAUSE_NOBODY,       /* nobody listens there */
+    SP_CAUSE_STRANGER,     /* it receives other memory, or in another way, or wants us no more */
     SP_CAUSE_HOST,         /* this machine cannot do it */
     SP_CAUSE_LATE,         /* the deadline has passed */
     SP_CAUSE_STOPPED,      /* sp_channel_stop */

@@ -15,8 +15,9 @@
 
 #define STEP_NS 10000000000ull /* for one hand-over again */
 
-/* A successor's guests wait until the next try: the last pause is short. */
-enum { FIRST_PAUSE_MS = 50, LAST_PAUSE_MS = 250 };
+/* A successor's guests wait until the next try: pauses are short.  Who has taken the place but not the
+ * memory, or takes us and drops us again, is bothered less. */
+enum { FIRST_PAUSE_MS = 50, LAST_PAUSE_MS = 250, LONG_PAUSE_MS = 2000 };
 
 static void tell(sp_guest *guest, sp_news news, const char *why)
 {
@@ -31,8 +32,11 @@ typedef enum verdict { GO_ON, STOPPED, OFFERED, COMPLETED } verdict;
 static void note_failure(sp_guest *guest, const sp_message *message, sp_trouble *trouble)
 {
     sp_guest_object(message, guest->attached ? "dropped this guest" : "refused", trouble);
-    if (guest->attached) /* else the thread ends for that reason */
-        tell(guest, SP_NEWS_FAILED, trouble->text);
+    if (!guest->attached)
+        return; /* the thread ends for that reason */
+    if (message->kind == SP_SAYS_ERROR)
+        trouble->cause = SP_CAUSE_STRANGER;
+    tell(guest, SP_NEWS_FAILED, trouble->text);
 }
 
 /* Before anything is mapped. */
@@ -91,12 +95,17 @@ static verdict hear(sp_guest *guest, sp_trouble *trouble)
     return trouble->cause == SP_CAUSE_STOPPED ? STOPPED : GO_ON;
 }
 
+static unsigned twice(unsigned ms, unsigned last)
+{
+    return ms * 2 < last ? ms * 2 : last;
+}
+
 /* Attaches to whoever takes the receiver's place; each new reason why not is told once. */
 static verdict attach_again(sp_guest *guest, sp_trouble *trouble)
 {
     sp_trouble told = *trouble;
     const char *who = guest->kind->who;
-    for (unsigned ms = FIRST_PAUSE_MS;; ms = ms * 2 < LAST_PAUSE_MS ? ms * 2 : LAST_PAUSE_MS) {
+    for (unsigned ms = guest->pause_ms;;) {
         if (sp_channel_pause(&guest->channel, ms))
             return STOPPED;
         if (sp_guest_attach(guest, sp_clock_ns() + STEP_NS, trouble) == 0)
@@ -107,6 +116,7 @@ static verdict attach_again(sp_guest *guest, sp_trouble *trouble)
             sp_say(who, "attach again: %s; trying on", trouble->text);
             told = *trouble;
         }
+        ms = twice(ms, trouble->cause == SP_CAUSE_STRANGER ? LONG_PAUSE_MS : LAST_PAUSE_MS);
     }
     sp_say(who, "attached again");
     tell(guest, atomic_load(&guest->completed) ? SP_NEWS_COMPLETED : SP_NEWS_ATTACHED, NULL);
@@ -117,6 +127,8 @@ static verdict attach_again(sp_guest *guest, sp_trouble *trouble)
 static verdict lose(sp_guest *guest, const sp_trouble *trouble)
 {
     const char *who = guest->kind->who;
+    int dropped = trouble->cause == SP_CAUSE_STRANGER;
+    guest->pause_ms = dropped ? twice(guest->pause_ms, LONG_PAUSE_MS) : FIRST_PAUSE_MS;
     sp_channel_close(&guest->channel);
     if (!guest->attached) {
         tell(guest, SP_NEWS_ENDED, trouble->text);
@@ -139,6 +151,8 @@ static void *follow(void *arg)
     sp_trouble trouble;
     verdict what = GO_ON;
     sp_fail(&trouble, "the receiver is gone");
+    if (!guest->pause_ms)
+        guest->pause_ms = FIRST_PAUSE_MS;
     while (what == GO_ON && !atomic_load(&guest->completed)) {
         if (guest->channel.sock < 0)
             what = attach_again(guest, &trouble);

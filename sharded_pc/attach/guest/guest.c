@@ -95,11 +95,12 @@ static int match(sp_guest *guest, const sp_offer *offer, const sp_offered_block 
         const sp_segment *segment = &guest->memory.segments[i];
         int found = find_right(guest, segment);
         if (found < 0)
-            return sp_fail(trouble, "%s is not memory of this receiver", segment->path);
+            return sp_fail_as(trouble, SP_CAUSE_STRANGER, "%s is not memory of this receiver",
+                              segment->path);
         blocks[i] = &offer->blocks[found];
         if (blocks[i]->size != segment->size)
-            return sp_fail(trouble, "%s has %" PRIu64 " bytes, its block %" PRIu64, segment->path,
-                           segment->size, blocks[i]->size);
+            return sp_fail_as(trouble, SP_CAUSE_STRANGER, "%s has %" PRIu64 " bytes, its block %"
+                              PRIu64, segment->path, segment->size, blocks[i]->size);
     }
     return 0;
 }

@@ -40,6 +40,7 @@ struct sp_guest {
     sp_memory memory;
     int bound;            /* the process ends with its receiver until memory may be touched */
     int attached;         /* by a receiver, some time: if it goes, another may take its place */
+    unsigned pause_ms;    /* before the next try; the thread's */
     int64_t number;       /* the receiver's number for us; -1: it needs none */
     int ready;            /* memory may be touched */
     atomic_int completed; /* everything is here; written by whoever hears it, once */

@@ -86,10 +86,11 @@ int sp_memory_check_same(const sp_memory *memory, const sp_offer *offer,
         same = memory->segments[i].first_stripe % memory->shards ==
                blocks[i]->first_stripe % memory->shards;
     if (!same)
-        return sp_fail(trouble, "the receiver deals the memory to other shards than before");
+        return sp_fail_as(trouble, SP_CAUSE_STRANGER,
+                          "the receiver deals the memory to other shards than before");
     if (memory->mode != offer->mode)
-        return sp_fail(trouble, "the receiver wants the memory registered in another mode than "
-                                "before: another --placement");
+        return sp_fail_as(trouble, SP_CAUSE_STRANGER, "the receiver wants the memory registered in "
+                          "another mode than before: another --placement");
     return 0;
 }
 
