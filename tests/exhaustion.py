@@ -20,8 +20,9 @@ from sharded_pc.native.alias import Alias
 from sharded_pc.testing.oracle import PageOracle
 from tests.control import Control
 from tests.full_shm import fill_up
+from tests.guest_process import GuestProcess
 from tests.qemu import wait_until
-from tests.synthetic import WAIT_S, Background, GuestProcess, Receiving, StepSource, connect
+from tests.synthetic import WAIT_S, Background, Receiving, StepSource, connect
 
 PAGES = PageOracle((RamBlock("pc.ram", 16 << 20),), zero_share=0.9, dirty_share=0.8, seed=5)
 

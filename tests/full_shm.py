@@ -17,7 +17,8 @@ from pathlib import Path
 
 from sharded_pc.geometry import Placement, RamBlock
 from sharded_pc.testing.oracle import PageOracle
-from tests.synthetic import Background, GuestProcess, Receiving, StepSource
+from tests.guest_process import GuestProcess
+from tests.synthetic import Background, Receiving, StepSource
 
 BLOCKS = (RamBlock("pc.ram", 16 << 20),)
 

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from sharded_pc.geometry import Placement, RamBlock
 from sharded_pc.testing.oracle import PageOracle
+from tests.guest_process import GuestProcess
 from tests.qemu import wait_until
-from tests.synthetic import WAIT_S, Background, GuestProcess, Receiving, StepSource
+from tests.synthetic import WAIT_S, Background, Receiving, StepSource
 
 BLOCKS = (RamBlock("pc.ram", 32 << 20),)
 

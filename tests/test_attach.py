@@ -29,16 +29,9 @@ from tests.attach_clients import (
     greeting,
     without_handshake,
 )
+from tests.guest_process import GuestProcess
 from tests.qemu import wait_until
-from tests.synthetic import (
-    BLOCKS,
-    ORACLE,
-    WAIT_S,
-    GuestProcess,
-    Receiving,
-    missing_pages,
-    open_source,
-)
+from tests.synthetic import BLOCKS, ORACLE, WAIT_S, Receiving, missing_pages, open_source
 
 pytestmark = [pytest.mark.uffd, pytest.mark.usefixtures("placement")]
 

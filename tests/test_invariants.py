@@ -20,6 +20,7 @@ import pytest
 from sharded_pc.errors import Cancelled
 from sharded_pc.observe.view import ReceiverView
 from sharded_pc.testing.oracle import DIRTIED, GUEST
+from tests.guest_process import Counters, GuestFailed, GuestProcess, waits_for_page
 from tests.qemu import wait_until
 from tests.receiver import Receiver
 from tests.synthetic import (
@@ -27,15 +28,11 @@ from tests.synthetic import (
     ORACLE,
     WAIT_S,
     Background,
-    Counters,
-    GuestFailed,
-    GuestProcess,
     Receiving,
     StepSource,
     connect,
     missing_pages,
     open_source,
-    waits_for_page,
 )
 
 pytestmark = [pytest.mark.uffd, pytest.mark.usefixtures("placement")]

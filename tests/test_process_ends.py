@@ -15,19 +15,10 @@ from pathlib import Path
 import pytest
 
 from sharded_pc import cli
+from tests.guest_process import GuestProcess, waits_for_page
 from tests.qemu import wait_until
 from tests.receiver import Receiver
-from tests.synthetic import (
-    BLOCKS,
-    ORACLE,
-    WAIT_S,
-    GuestProcess,
-    StepSource,
-    connect,
-    missing_pages,
-    open_source,
-    waits_for_page,
-)
+from tests.synthetic import BLOCKS, ORACLE, WAIT_S, StepSource, connect, missing_pages, open_source
 
 pytestmark = pytest.mark.uffd
 

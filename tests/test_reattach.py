@@ -13,9 +13,10 @@ import pytest
 
 from sharded_pc.attach import protocol
 from sharded_pc.native.uffd import Uffd
+from tests.guest_process import GuestFailed, GuestProcess
 from tests.preload_kit import MIB, Connection, FakeReceiver, fake, place_where_it_waits, ram
 from tests.qemu import wait_until
-from tests.synthetic import ORACLE, WAIT_S, GuestFailed, GuestProcess, connect
+from tests.synthetic import ORACLE, WAIT_S, connect
 from tests.test_resume import DATA, begun, kill, resumed
 
 pytestmark = pytest.mark.uffd

@@ -18,6 +18,7 @@ from sharded_pc.errors import ConnectionLost
 from sharded_pc.testing.oracle import DIRTIED
 from sharded_pc.wire import writer
 from tests.control import Control
+from tests.guest_process import Counters, GuestProcess
 from tests.qemu import wait_until
 from tests.receiver import Receiver
 from tests.synthetic import (
@@ -25,8 +26,6 @@ from tests.synthetic import (
     ORACLE,
     WAIT_S,
     Background,
-    Counters,
-    GuestProcess,
     Receiving,
     StepSource,
     connect,

@@ -15,18 +15,10 @@ import pytest
 from sharded_pc.observe.view import ReceiverView
 from sharded_pc.testing.oracle import DIRTIED
 from tests.control import Control
+from tests.guest_process import GuestProcess
 from tests.qemu import wait_until
 from tests.receiver import Receiver, Successor
-from tests.synthetic import (
-    BLOCKS,
-    ORACLE,
-    WAIT_S,
-    GuestProcess,
-    StepSource,
-    connect,
-    missing_pages,
-    open_source,
-)
+from tests.synthetic import BLOCKS, ORACLE, WAIT_S, StepSource, connect, missing_pages, open_source
 
 pytestmark = [pytest.mark.uffd, pytest.mark.usefixtures("placement")]
 

@@ -21,6 +21,7 @@ from sharded_pc.native.guests import Guests
 from sharded_pc.shards import Shards, shard, watch
 from sharded_pc.testing.oracle import DIRTIED
 from sharded_pc.wire import writer
+from tests.guest_process import GuestProcess
 from tests.qemu import wait_until
 from tests.synthetic import (
     BLOCKS,
@@ -28,7 +29,6 @@ from tests.synthetic import (
     STRIPE_BYTES,
     WAIT_S,
     Background,
-    GuestProcess,
     Receiving,
     StepSource,
     missing_pages,
