@@ -20,8 +20,10 @@ from tests.chaos.migration import Result
 def _results(args: argparse.Namespace) -> Iterator[tuple[Result, str]]:
     """As they come."""
     seeds = iter(range(args.seed, args.seed + args.number))
+    placement = Placement(args.placement) if args.placement else None
+    options = {"kills": args.kills, "coordinator": args.coordinator, "placement": placement}
     lanes = [
-        processes.start(lane.main, args.kills, args.placement, name=f"chaos-{number}")
+        processes.start(lane.main, options, name=f"chaos-{number}")
         for number in range(min(args.jobs, args.number))
     ]
     busy = [conn for _, conn in lanes]
@@ -49,6 +51,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--placement", choices=list(Placement), help="default: as drawn")
     parser.add_argument(
         "--no-kills", dest="kills", action="store_false", help="break connections only"
+    )
+    parser.add_argument(
+        "--coordinator", action="store_true", help="kill the coordinator, and everything, as well"
     )
     parser.add_argument(
         "--details", type=Path, default=Path("build/chaos"), metavar="DIR",

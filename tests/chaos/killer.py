@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from sharded_pc.observe.view import ReceiverView
-from tests.chaos.plan import ALL, SPARE, Kill
+from tests.chaos.plan import ALL, COORDINATOR, EVERYTHING, SPARE, Kill
 from tests.receiver import MARK, Receiver
 
 
@@ -21,9 +21,20 @@ class Killer:
         self._name = receiver.name
         self._timers: list[threading.Timer] = []
         self.sent: dict[str, int] = {"KILL": 0, "SEGV": 0, "STOP": 0}
+        self.has_killed_receiver = False
+        self.coordinators = 0
+
+    def receive_by(self, receiver: Receiver) -> None:
+        """A successor."""
+        self._receiver = receiver
+        self.has_killed_receiver = False
+        self.coordinators = 0
 
     def kill(self, kill: Kill) -> None:
         """Whoever it is now, if there is one."""
+        if kill.whom in (COORDINATOR, EVERYTHING):
+            self.has_killed_receiver = True
+            self.coordinators += 1
         for pid in self._pids(kill.whom):
             with contextlib.suppress(OSError):
                 self._signal(pid, kill.signal)
@@ -34,6 +45,10 @@ class Killer:
                 timer.start()
 
     def _pids(self, whom: int | str) -> list[int]:
+        if whom == COORDINATOR:
+            return [self._receiver.pid]
+        if whom == EVERYTHING:
+            return self._receiver.processes()
         try:
             with ReceiverView(self._name) as view:
                 pids = [shard["pid"] for shard in view.info()["sharded"]["shards"]]

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
-from sharded_pc.geometry import Placement
 from tests.chaos.guest import Guest
 from tests.chaos.migration import Result, run
 from tests.chaos.plan import plan_of
 
 CUTS = ("cut", "reset", "silence")
 KILLS = ("kill", "segv", "stop")
-COUNTED = (*CUTS, "stall", *KILLS, "restarts", "pauses", "mistakes")
+COUNTED = (*CUTS, "stall", *KILLS, "coordinators", "restarts", "pauses", "mistakes")
 
 _guests: list[Guest] = []
 
 
-def main(conn, kills: bool, placement: str | None) -> None:
+def main(conn, options: dict) -> None:
     """Gets seeds, answers (Result, line) for each, until the other end is closed."""
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            conn.send(one(conn.recv(), kills, placement))
+            conn.send(one(conn.recv(), **options))
     end()
 
 
@@ -30,9 +30,9 @@ def end() -> None:
     _guests.clear()
 
 
-def one(seed: int, kills: bool = True, placement: str | None = None) -> tuple[Result, str]:
-    """A migration and its line."""
-    plan = plan_of(seed, kills=kills, placement=Placement(placement) if placement else None)
+def one(seed: int, **options: Any) -> tuple[Result, str]:
+    """A migration with plan_of()'s options, and its line."""
+    plan = plan_of(seed, **options)
     result = run(plan, _guests)
     parts = [f"seed={seed}", str(plan.placement), f"workers={plan.workers}"]
     parts += ["tcp" if plan.tcp else "unix", f"guests={plan.guests}"]

@@ -1,9 +1,4 @@
-"""One migration through chaos, and its verdict.
-
-It may end in two ways only.  The receiver has completed, and no guest has seen a wrong byte; or the
-connection broke before the guest ran here, and the receiver failed and said so: then the source's
-guest goes on.  Either way nothing is left behind.
-"""
+"""One migration through chaos."""
 
 from __future__ import annotations
 
@@ -11,8 +6,6 @@ import collections
 import contextlib
 import dataclasses
 import os
-import random
-import socket
 import tempfile
 import threading
 import time
@@ -23,25 +16,24 @@ from pathlib import Path
 from sharded_pc.address import Address, TcpAddress, UnixAddress
 from sharded_pc.address import parse as parse_address
 from sharded_pc.errors import ConnectionLost
+from sharded_pc.observe.view import ReceiverView
+from sharded_pc.succession import looks_resumable
 from sharded_pc.testing.chaos import ChaosProxy
 from sharded_pc.testing.faults import ENDS, Fault, Kind, Weather
+from tests.chaos import verdict
 from tests.chaos.guest import Guest, Report, Task
 from tests.chaos.killer import Killer
-from tests.chaos.operator import OVER, PAUSED, WAITS, Operator, dial
-from tests.chaos.plan import Kill, Leg, Plan
-from tests.receiver import Outcome, Receiver, describe
-from tests.synthetic import StepSource
+from tests.chaos.operator import GONE, OVER, PAUSED, WAITS, Operator, dial
+from tests.chaos.plan import Kill, Plan
+from tests.chaos.source import ChaosSource
+from tests.chaos.verdict import CLEANLY, COMPLETED, Wrong
+from tests.receiver import Receiver, Successor, describe
 
-LOST = (ConnectionLost, ConnectionError, BrokenPipeError)
+LOST = (ConnectionLost, ConnectionError)
 STEP_S = 15.0
 AGAIN_S = 0.05
 """How long a source whose recovery broke looks whether the receiver knows of it."""
 MOST_CONNECTIONS = 60
-BEFORE_RUN = ("none", "advise", "discard", "listening")
-
-
-class Wrong(AssertionError):
-    """What must not happen."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -57,7 +49,7 @@ class Result:
 
     @property
     def is_right(self) -> bool:
-        return self.outcome in ("completed", "failed cleanly")
+        return self.outcome in (COMPLETED, CLEANLY)
 
 
 class Chaos:
@@ -70,30 +62,38 @@ class Chaos:
         self._guests = guests[: plan.guests]
         self.counts: collections.Counter[str] = collections.Counter()
         incoming = "tcp:127.0.0.1:0" if plan.tcp else f"unix:{folder / 'in'}"
-        self.receiver = Receiver(
-            folder, self._name, incoming, "--placement", plan.placement.value, "--workers",
-            str(plan.workers), keep=False, control=True,
-        )  # fmt: skip
+        options = ("--placement", plan.placement.value, "--workers", str(plan.workers))
+        self._arguments = (folder, self._name, incoming, *options)
+        self.receiver = Receiver(*self._arguments, keep=False, control=True)
+        self._last_info: dict | None = None
+        """of a receiver that was killed and has no successor"""
         self._killer = Killer(self.receiver)
-        self._source: _Source | None = None
+        self._source: ChaosSource | None = None
         self._attached = 0
         self._silenced = threading.Event()
         self._timers: list[threading.Timer] = []
 
     def run(self) -> tuple[str, Report]:
         """What became of it; Wrong, or another AssertionError."""
-        plan = self._plan
         try:
-            with self.receiver, self._proxy() as self.proxy:
-                self.operator = Operator(self.receiver, self._folder, plan.tcp)
-                with contextlib.closing(self.operator):
-                    self._migrate()
-                return self._judge(self.receiver.finish(STEP_S))
+            with contextlib.ExitStack() as self._exit:
+                self._exit.enter_context(self.receiver)
+                self.proxy = self._exit.enter_context(self._proxy())
+                self.operator = self._exit.enter_context(self._new_operator())
+                self._migrate()
+                self.operator.close()
+                return self._judge()
         finally:
             for timer in self._timers:
                 timer.cancel()
             self._killer.end()
             self._count()
+
+    def _new_operator(self) -> contextlib.closing[Operator]:
+        return contextlib.closing(Operator(self.receiver, self._folder, self._plan.tcp))
+
+    def _successor(self) -> Successor:
+        return Successor(*self._arguments, keep=False, control=True)
 
     def _proxy(self) -> ChaosProxy:
         near: Address = UnixAddress(str(self._folder / "near"))
@@ -138,7 +138,7 @@ class Chaos:
         with dial(self.proxy.address) as sock:
             sock.settimeout(STEP_S)
             if self._source is None:
-                self._source = _Source(sock, self._plan)
+                self._source = ChaosSource(sock, self._plan)
                 self._begin(self._source)
             else:
                 self._source.resume(sock)
@@ -149,7 +149,7 @@ class Chaos:
             finally:
                 self._source.hang_up()
 
-    def _begin(self, source: _Source) -> None:
+    def _begin(self, source: ChaosSource) -> None:
         """Through the switch.  A guest that comes too late would see nothing of it all."""
         early = max(self._plan.guests - 1, 1)
         self._attach(0, early)
@@ -174,11 +174,11 @@ class Chaos:
             self.operator.pause()
             self.proxy.drop()
         status = self._hear_of_it()
-        if status in (*OVER, "gone"):
+        if status == GONE and self._killer.has_killed_receiver:
+            return self._succeed()
+        if status in (*OVER, GONE):
             return True
-        if status == PAUSED:
-            self._recover(self._plan.leg(self._connections))
-        return False
+        return self._recover() if status == PAUSED else False
 
     def _hear_of_it(self) -> str:
         """What the receiver is when it has noticed.  A connection that broke before its first word
@@ -191,70 +191,52 @@ class Chaos:
                 return WAITS
         raise Wrong(f"the connection broke, and {STEP_S:g} s later it is {self.operator.status}")
 
-    @property
-    def _connections(self) -> int:
-        return self.operator.pauses + 1
-
-    def _recover(self, leg: Leg) -> None:
-        for kill in leg.kills:
+    def _recover(self, *, kills: bool = True) -> bool:
+        """As _is_over()."""
+        self.counts["pauses"] += 1
+        leg = self._plan.leg(self.counts["pauses"])
+        for kill in leg.kills if kills else ():
             self._killer.kill(kill)
         self.counts["mistakes"] += len(leg.mistakes)
-        self.proxy.target = self.operator.recover(leg.mistakes)
+        try:
+            self.proxy.target = self.operator.recover(leg.mistakes)
+        except ConnectionError:
+            if self._killer.has_killed_receiver:
+                return self._succeed()
+            raise
+        return False
+
+    def _succeed(self) -> bool:
+        """As _is_over(), of a receiver that was killed: if its guest ran, another takes over."""
+        self.receiver._started().wait(STEP_S)
+        if not looks_resumable(self._name):
+            with ReceiverView(self._name) as view:
+                self._last_info = view.info()
+            return True
+        self.receiver = self._exit.enter_context(self._successor())
+        self._killer.receive_by(self.receiver)
+        self.operator = self._exit.enter_context(self._new_operator())
+        self.operator.take_up()
+        return self._recover(kills=False)
 
     # The end
 
-    def _judge(self, outcome: Outcome) -> tuple[str, Report]:
-        info = outcome.info
-        if info is None:
-            raise Wrong(f"the receiver ended with {outcome.exit_code} and told nothing")
-        self.counts["restarts"] = sum(s["restarts"] for s in info["sharded"]["shards"])
-        if info["status"] == "completed":
-            if outcome.exit_code != 0 or info["ram"]["remaining"]:
-                raise Wrong(f"completed with exit code {outcome.exit_code}, {info['ram']}")
-            return "completed", self._hear_guests()
-        if info["postcopy-state"] not in BEFORE_RUN:
-            raise Wrong(f"the guest ran, and yet: {info['status']}, {info['error-desc']}")
-        if not self._broken():
-            raise Wrong(f"nothing broke, and yet: {info['error-desc']}")
-        return "failed cleanly", Report()
-
-    def _broken(self) -> bool:
-        return any(fault.kind in ENDS for _, fault in self.proxy.happened)
-
-    def _hear_guests(self) -> Report:
-        reports = [guest.report(STEP_S) for guest in self._guests[: self._attached]]
-        for report in reports:
-            if report is None:
-                raise Wrong("a guest waits for ever")
-            if report.wrong or report.failed:
-                raise Wrong(f"a guest: {report.wrong or report.failed}")
-        return Report(sum(r.visits for r in reports), sum(r.written for r in reports))
+    def _judge(self) -> tuple[str, Report]:
+        broke = any(fault.kind in ENDS for _, fault in self.proxy.happened)
+        if self._last_info is None:
+            outcome = self.receiver.finish(STEP_S)
+            info = verdict.told(outcome)
+        else:
+            info, broke = self._last_info, True
+        self.counts["restarts"] += sum(shard["restarts"] for shard in info["sharded"]["shards"])
+        if verdict.of_receiver(info, broke=broke) == CLEANLY:
+            return CLEANLY, Report()
+        return COMPLETED, verdict.of_guests(self._guests[: self._attached], STEP_S)
 
     def _count(self) -> None:
-        self.counts["pauses"] = self.operator.pauses
         self.counts.update(fault.kind.value for _, fault in self.proxy.happened if not fault.note)
+        self.counts["coordinators"] = self._killer.coordinators
         self.counts.update({name.lower(): n for name, n in self._killer.sent.items()})
-
-
-class _Source(StepSource):
-    """StepSource that may be hung up from another thread, and repeats itself."""
-
-    def __init__(self, sock: socket.socket, plan: Plan) -> None:
-        super().__init__(sock, plan.oracle, bandwidth=plan.bandwidth)
-        self._draw = random.Random(f"{plan.seed}/source")
-
-    def hang_up(self) -> None:
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-        if threading.current_thread() is not self.back._thread:
-            self.back._thread.join(STEP_S)
-
-    def repeat(self, share: float) -> None:
-        """Pages that were received once more: guests keep what they wrote."""
-        for block, missing in enumerate(self._missing):
-            here = [page for page, flag in enumerate(missing) if not flag]
-            if count := int(len(here) * share):
-                self.again(block, sorted(self._draw.sample(here, count)))
 
 
 def run(plan: Plan, guests: list[Guest]) -> Result:
@@ -270,7 +252,7 @@ def run(plan: Plan, guests: list[Guest]) -> Result:
         except (AssertionError, OSError) as error:
             outcome, report = f"WRONG {type(error).__name__}: {error}".splitlines()[0], Report()
             detail = "".join([*traceback.format_exception(error), chaos.receiver.stderr()])
-    if outcome != "completed":
+    if outcome != COMPLETED:
         for guest in guests:
             guest.kill()
         guests.clear()

@@ -14,6 +14,8 @@ from tests.control import Control
 from tests.receiver import Receiver
 
 OVER = ("completed", "failed", "cancelled")
+GONE = "gone"
+"""It has closed its control socket, and did not say why."""
 PAUSED = "postcopy-paused"
 WAITS = "postcopy-recover-setup"
 STEP_S = 15.0
@@ -28,7 +30,6 @@ class Operator:
         self._tcp = tcp
         self._places = 0
         self._control = Control(receiver.control_path)
-        self.pauses = 0
 
     def close(self) -> None:
         """A client that stays would keep the receiver waiting."""
@@ -43,7 +44,7 @@ class Operator:
         try:
             return self._control.hear_one_of((*statuses, *OVER), timeout)
         except ConnectionError:
-            return self.status if self.status in OVER else "gone"
+            return self.status if self.status in OVER else GONE
 
     def wait_guests(self, count: int, timeout: float = 5.0) -> None:
         """Until so many have attached, or it is over; AssertionError."""
@@ -65,9 +66,13 @@ class Operator:
             if self.hear((PAUSED, WAITS), 0.0) is None:
                 self._control.execute("quit")
 
+    def take_up(self) -> None:
+        """A successor tells nobody that it is paused: it was from the start."""
+        self._control.wait_status(PAUSED)
+        self._control.events.append(PAUSED)
+
     def recover(self, mistakes: Sequence[str]) -> Address:
         """Where the source may come now."""
-        self.pauses += 1
         for mistake in mistakes:
             getattr(self, f"_{mistake}")()
         return self._listen()

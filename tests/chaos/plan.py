@@ -15,13 +15,14 @@ RECORD_BYTES = PAGE_BYTES + 8
 BREAKS = (0, 1, 1, 2, 2, 2, 3, 3, 4, 5)
 """How many times the connection breaks."""
 KILLS = (0, 1, 2, 2, 3, 3, 4)
+COORDINATOR_KILLS = (0, 1, 1, 2)
 SIGNALS = ("KILL", "KILL", "KILL", "SEGV", "STOP", "STOP")
 ENDS = (Kind.CUT, Kind.CUT, Kind.CUT, Kind.RESET, Kind.RESET, Kind.SILENCE)
 MISTAKES = ("nonsense", "nowhere", "elsewhere", "stranger", "knock")
 """What an operator, and who else can reach the address, does wrong before it goes well."""
 
 
-ALL, SPARE = "all", "spare"
+ALL, SPARE, COORDINATOR, EVERYTHING = "all", "spare", "coordinator", "everything"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,7 +30,8 @@ class Kill:
     """A signal; a worker that was stopped goes on after `stopped_s`, or is left."""
 
     whom: int | str
-    """a shard's worker, ALL of them at once, or who waits for the day it is needed, SPARE"""
+    """a shard's worker, ALL of them at once, SPARE, who waits for the day it is needed, the
+    COORDINATOR, or EVERYTHING of a receiver"""
     signal: str
     stopped_s: float | None = None
 
@@ -65,8 +67,11 @@ class Plan:
         return self.legs[number] if number < len(self.legs) else Leg(Weather())
 
 
-def plan_of(seed: int, *, kills: bool = True, placement: Placement | None = None) -> Plan:
-    """The same for the same arguments; without `kills` all workers live."""
+def plan_of(
+    seed: int, *, kills: bool = True, coordinator: bool = False, placement: Placement | None = None
+) -> Plan:
+    """The same for the same arguments.  Without `kills` all workers live, and only with
+    `coordinator` it dies too; the rest is the same."""
     draw = random.Random(f"chaos/{seed}")
     drawn = draw.choice(list(Placement))
     workers, oracle = draw.choice((1, 2, 2, 2, 3)), _oracle(draw, seed)
@@ -74,7 +79,10 @@ def plan_of(seed: int, *, kills: bool = True, placement: Placement | None = None
     bandwidth = draw.choice((None, 10e6, 30e6))
     pace_s = draw.choice((0.0002, 0.001, 0.005))
     count = draw.choice(KILLS)
-    legs = _Legs(draw, oracle, workers).legs(count if kills else 0)
+    dealer = _Legs(draw, oracle, workers)
+    legs = dealer.legs(count if kills else 0)
+    if coordinator:
+        legs = dealer.without_coordinator(legs, draw.choice(COORDINATOR_KILLS))
     return Plan(
         seed, placement or drawn, workers, tcp, oracle, bandwidth, guests, pace_s, tuple(legs)
     )
@@ -130,7 +138,8 @@ class _Legs:
         legs = [legs[0], *map(self._troubled, legs[1:])]
         for _ in range(kills):
             number = self._draw.randrange(len(legs))
-            legs[number] = self._with_kill(legs[number], self._switch if number == 0 else 0)
+            start = self._switch if number == 0 else 0
+            legs[number] = self._with_kill(legs[number], start, self._kill())
         return legs
 
     def _late(self) -> list[Leg]:
@@ -173,9 +182,9 @@ class _Legs:
             last = dataclasses.replace(last, at=at, counted=Way.BACK)
         return _with_faults(leg, (*others, last))
 
-    def _with_kill(self, leg: Leg, start: int) -> Leg:
+    def _with_kill(self, leg: Leg, start: int, kill: Kill) -> Leg:
         """On the way to its end, few of them in the long precopy, or while there is none."""
-        draw, kill = self._draw, self._kill()
+        draw = self._draw
         if start == 0 and draw.random() < 0.25:
             return dataclasses.replace(leg, kills=(*leg.kills, kill))
         ends = [f.at for f in leg.weather.faults if f.kind in ENDS and f.counted is Way.FORTH]
@@ -184,6 +193,17 @@ class _Legs:
         return _with_faults(
             leg, (Fault(Kind.CALL, draw.randint(least, end), note=kill), *leg.weather.faults)
         )
+
+    def without_coordinator(self, legs: list[Leg], kills: int) -> list[Leg]:
+        """Each takes its connection along, so there is another one behind it."""
+        draw = self._draw
+        for _ in range(kills):
+            number = draw.randrange(len(legs))
+            kill = Kill(draw.choice((COORDINATOR, EVERYTHING)), draw.choice(("KILL", "SEGV")))
+            start = self._switch if number == 0 else 0
+            legs[number] = self._with_kill(legs[number], start, kill)
+            legs.insert(number + 1, self._leg())
+        return legs
 
     def _kill(self) -> Kill:
         draw = self._draw
