@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import random
 import threading
 from array import array
+from pathlib import Path
 
 import sharded_pc
 from sharded_pc import processes
@@ -21,6 +23,7 @@ from sharded_pc.testing.oracle import GUEST, PRECOPIED, PageOracle
 THREADS = 2
 BATCH_PAGES = 32
 STEP_S = 20.0
+LOG = Path("build/chaos/guests.log")
 MARKS = range(GUEST, 200)
 
 
@@ -68,9 +71,17 @@ class Guest:
 
 
 def _main(conn) -> None:
+    _write_to(LOG)
     with contextlib.suppress(EOFError, ConnectionResetError, BrokenPipeError):
         while True:
             conn.send(_migrate(conn.recv()))
+
+
+def _write_to(log: Path) -> None:
+    """What a guest's client says on standard error is no line of a migration."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 2)
 
 
 def _migrate(task: Task) -> Report:

@@ -28,7 +28,6 @@ class Killer:
         """A successor."""
         self._receiver = receiver
         self.has_killed_receiver = False
-        self.coordinators = 0
 
     def kill(self, kill: Kill) -> None:
         """Whoever it is now, if there is one."""
