@@ -10,7 +10,7 @@ import pytest
 from sharded_pc.geometry import Placement
 from sharded_pc.testing.faults import ENDS, Kind
 from tests.chaos import lane, migration
-from tests.chaos.plan import MISTAKES, Kill, Plan, plan_of
+from tests.chaos.plan import MISTAKES, Kill, Plan, Victims, plan_of
 
 pytestmark = pytest.mark.uffd
 
@@ -59,7 +59,7 @@ def test_a_wrong_byte_is_seen(monkeypatch):
 def test_what_is_left_is_seen(monkeypatch):
     monkeypatch.setattr(migration.Receiver, "processes", lambda self: [1])
     monkeypatch.setattr("tests.receiver.GONE_S", 0.1)
-    result, _ = lane.one(SEEDS[0], kills=False)
+    result, _ = lane.one(SEEDS[0], victims=Victims.NONE)
     assert not result.is_right
 
 
@@ -79,5 +79,5 @@ def test_plans_have_everything():
     assert {mistake for leg in legs for mistake in leg.mistakes} == set(MISTAKES)
     assert sum(fault.kind in ENDS for fault in faults) + len(kills) > 3 * len(plans)
     for plan in plans[:20]:
-        calm = plan_of(plan.seed, kills=False)
+        calm = plan_of(plan.seed, victims=Victims.NONE)
         assert not any(isinstance(f.note, Kill) for leg in calm.legs for f in leg.weather.faults)

@@ -15,13 +15,14 @@ from sharded_pc.geometry import Placement
 from tests.chaos import lane
 from tests.chaos.lane import COUNTED, CUTS, KILLS
 from tests.chaos.migration import Result
+from tests.chaos.plan import Victims
 
 
 def _results(args: argparse.Namespace) -> Iterator[tuple[Result, str]]:
     """As they come."""
     seeds = iter(range(args.seed, args.seed + args.number))
     placement = Placement(args.placement) if args.placement else None
-    options = {"kills": args.kills, "coordinator": args.coordinator, "placement": placement}
+    options = {"victims": Victims(args.kill), "placement": placement}
     lanes = [
         processes.start(lane.main, options, name=f"chaos-{number}")
         for number in range(min(args.jobs, args.number))
@@ -50,10 +51,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="migrations at a time (2)")
     parser.add_argument("--placement", choices=list(Placement), help="default: as drawn")
     parser.add_argument(
-        "--no-kills", dest="kills", action="store_false", help="break connections only"
-    )
-    parser.add_argument(
-        "--coordinator", action="store_true", help="kill the coordinator, and everything, as well"
+        "--kill", choices=list(Victims), default=Victims.WORKERS, help="who dies (workers)"
     )
     parser.add_argument(
         "--details", type=Path, default=Path("build/chaos"), metavar="DIR",

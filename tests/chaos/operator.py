@@ -19,6 +19,9 @@ GONE = "gone"
 PAUSED = "postcopy-paused"
 WAITS = "postcopy-recover-setup"
 STEP_S = 15.0
+AGAIN_S = 0.05
+SILENT_S = 1.0
+"""What came before the silence has been worked off by then."""
 
 
 class Operator:
@@ -57,13 +60,15 @@ class Operator:
                 time.sleep(0.002)
 
     def pause(self) -> None:
-        """The wire is silent.  A migration whose guest does not run is given up."""
-        if self.status in OVER:
-            return
+        """The wire is silent.  A migration whose guest does not run, nor begins to, is given up."""
+        deadline = time.monotonic() + SILENT_S
         with contextlib.suppress(ConnectionError):
-            if self._control.execute("migrate-pause") == {}:
-                return
-            if self.hear((PAUSED, WAITS), 0.0) is None:
+            while self.status not in OVER and time.monotonic() < deadline:
+                if self._control.execute("migrate-pause") == {}:
+                    return
+                if self.hear((PAUSED, WAITS), AGAIN_S):
+                    return
+            if self.status not in OVER:
                 self._control.execute("quit")
 
     def take_up(self) -> None:

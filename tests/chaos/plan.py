@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import random
 
 from sharded_pc.geometry import PAGE_BYTES, Placement, RamBlock
@@ -23,6 +24,13 @@ MISTAKES = ("nonsense", "nowhere", "elsewhere", "stranger", "knock")
 
 
 ALL, SPARE, COORDINATOR, EVERYTHING = "all", "spare", "coordinator", "everything"
+
+
+class Victims(enum.StrEnum):
+    NONE = "none"
+    WORKERS = "workers"
+    ALL = "all"
+    """coordinators, and whole receivers"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,10 +76,9 @@ class Plan:
 
 
 def plan_of(
-    seed: int, *, kills: bool = True, coordinator: bool = False, placement: Placement | None = None
+    seed: int, *, victims: Victims = Victims.WORKERS, placement: Placement | None = None
 ) -> Plan:
-    """The same for the same arguments.  Without `kills` all workers live, and only with
-    `coordinator` it dies too; the rest is the same."""
+    """The same for the same arguments; with fewer victims what remains is the same."""
     draw = random.Random(f"chaos/{seed}")
     drawn = draw.choice(list(Placement))
     workers, oracle = draw.choice((1, 2, 2, 2, 3)), _oracle(draw, seed)
@@ -80,9 +87,9 @@ def plan_of(
     pace_s = draw.choice((0.0002, 0.001, 0.005))
     count = draw.choice(KILLS)
     dealer = _Legs(draw, oracle, workers)
-    legs = dealer.legs(count if kills else 0)
-    if coordinator:
-        legs = dealer.without_coordinator(legs, draw.choice(COORDINATOR_KILLS))
+    legs = dealer.legs(0 if victims is Victims.NONE else count)
+    if victims is Victims.ALL:
+        legs = dealer.kill_coordinators(legs, draw.choice(COORDINATOR_KILLS))
     return Plan(
         seed, placement or drawn, workers, tcp, oracle, bandwidth, guests, pace_s, tuple(legs)
     )
@@ -194,7 +201,7 @@ class _Legs:
             leg, (Fault(Kind.CALL, draw.randint(least, end), note=kill), *leg.weather.faults)
         )
 
-    def without_coordinator(self, legs: list[Leg], kills: int) -> list[Leg]:
+    def kill_coordinators(self, legs: list[Leg], kills: int) -> list[Leg]:
         """Each takes its connection along, so there is another one behind it."""
         draw = self._draw
         for _ in range(kills):
