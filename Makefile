@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # copy: it is as new as this stamp, which is older than the C core as soon as that changes.  The stamp's time is that of
 # the build's start, so that an edit during the build is not missed.
 INSTALLED := $(VENV)/.installed
-CORE := $(wildcard sharded_pc/native/*.c sharded_pc/native/*.h sharded_pc/native/*.txt \
+CORE := $(wildcard sharded_pc/native/*.[ch] sharded_pc/native/*/*.[ch] sharded_pc/native/*.txt \
                    sharded_pc/attach/guest/*.c sharded_pc/attach/guest/*.h \
                    sharded_pc/attach/preload/*.c sharded_pc/attach/preload/*.h \
                    sharded_pc/native/CMakeLists.txt)

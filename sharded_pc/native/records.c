@@ -2,8 +2,8 @@
 
 #include <string.h>
 
-#include "control.h"
-#include "ram.h"
+#include "shared/control.h"
+#include "stream/ram.h"
 
 size_t sp_record_header(uint8_t *dst, uint64_t value, const char *name)
 {

@@ -6,7 +6,7 @@
 #include <unistd.h>
 
 #include "check.h"
-#include "oracle.h"
+#include "lab/oracle.h"
 #include "suites.h"
 #include "world.h"
 

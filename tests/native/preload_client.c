@@ -34,7 +34,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "oracle.h"
+#include "lab/oracle.h"
 
 enum { PAGE = 4096, ALLOCATIONS = 64, ALLOCATION = 1 << 20, MAX_MAPPINGS = 16 };
 

@@ -1,6 +1,7 @@
 /* The return path: what it writes, and when it ends. */
 #define _GNU_SOURCE
-#include "return_path.h"
+#include "back/return_path.h"
+#include "shard/request.h"
 
 #include <errno.h>
 #include <netinet/in.h>

@@ -4,10 +4,10 @@
 #include <string.h>
 
 #include "check.h"
-#include "control.h"
-#include "oracle.h"
+#include "shared/control.h"
+#include "lab/oracle.h"
 #include "suites.h"
-#include "view.h"
+#include "shared/view.h"
 #include "world.h"
 
 void ring_suite(void)

@@ -1,6 +1,6 @@
 /* The buffered reader of a descriptor. */
 #define _GNU_SOURCE
-#include "stream.h"
+#include "stream/stream.h"
 
 #include <errno.h>
 #include <string.h>

@@ -14,7 +14,7 @@
 #include <unistd.h>
 
 #include "../../sharded_pc/attach/guest/handle.h"
-#include "../../sharded_pc/native/uffd.h"
+#include "kernel/uffd.h"
 #include "check.h"
 
 enum { SHARDS = 3, STRIPE = 2 << 20, BYTES = 5 * STRIPE + 4096, LONG_MS = 100 };

@@ -4,9 +4,9 @@
 #include <string.h>
 
 #include "check.h"
-#include "guests.h"
+#include "stream/guests.h"
 #include "suites.h"
-#include "uffd.h"
+#include "kernel/uffd.h"
 #include "world.h"
 
 enum { FIRST_UFFD = 10, SECOND_UFFD = 20 };

@@ -12,11 +12,12 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "bell.h"
-#include "bitmap.h"
+#include "shared/bell.h"
+#include "shared/bitmap.h"
 #include "check.h"
-#include "return_path.h"
-#include "ring.h"
+#include "back/return_path.h"
+#include "shard/request.h"
+#include "shared/ring.h"
 #include "world.h"
 
 typedef void *(*routine)(void *);

@@ -6,8 +6,11 @@
 #ifndef WORLD_H
 #define WORLD_H
 
-#include "control.h"
-#include "ram.h"
+#include "shared/control.h"
+#include "stream/discards.h"
+#include "stream/hand.h"
+#include "stream/ram.h"
+#include "stream/straight.h"
 
 enum { WORLD_SHARDS = 2, WORLD_BLOCKS = 2, WORLD_STRIPE = 64 };
 static const uint64_t WORLD_PAGES[WORLD_BLOCKS] = {200, 3};

@@ -8,7 +8,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "../../native/bell.h"
+#include "../../native/shared/bell.h"
 #include "guest.h"
 
 struct sp_handle {

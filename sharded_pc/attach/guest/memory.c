@@ -7,8 +7,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "../../native/uffd.h"
-#include "../../native/uffd_abi.h"
+#include "../../native/kernel/uffd.h"
+#include "../../native/kernel/uffd_abi.h"
 
 #define COLLAPSE 25 /* MADV_COLLAPSE, Linux 6.1; Debian 12's headers lack it */
 

@@ -3,7 +3,7 @@
 #include <stdbool.h>
 #include <string.h>
 
-#include "../../native/uffd_abi.h"
+#include "../../native/kernel/uffd_abi.h"
 
 enum { MAX_DEPTH = 16 };
 

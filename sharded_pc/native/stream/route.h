@@ -1,0 +1,11 @@
+/* Payload to its resting place. */
+#ifndef SP_ROUTE_H
+#define SP_ROUTE_H
+
+#include "stream/state.h"
+
+sp_status sp_route_payload(sp_ram *r); /* goes on with the current page's payload */
+/* Reads what probably comes next; *bet is false, and nothing is read, if nothing can be bet on. */
+sp_status sp_route_ahead(sp_ram *r, bool *bet);
+
+#endif
