@@ -17,12 +17,14 @@ from pathlib import Path
 import sharded_pc
 from sharded_pc import processes
 from sharded_pc.errors import ShardedPcError
+from sharded_pc.geometry import PAGE_BYTES
 from sharded_pc.native import oracle
 from sharded_pc.testing.oracle import GUEST, PRECOPIED, PageOracle
 
 THREADS = 2
 BATCH_PAGES = 32
 STEP_S = 20.0
+END_S = 5.0
 LOG = Path("build/chaos/guests.log")
 MARKS = range(GUEST, 200)
 
@@ -110,7 +112,7 @@ class _Visitor:
     """A thread over its share of the pages."""
 
     def __init__(self, guest: sharded_pc.Guest, task: Task, thread: int) -> None:
-        self._task, self._blocks = task, guest.blocks
+        self._task, self._blocks, self._addresses = task, guest.blocks, guest.addresses()
         self._draw = random.Random(f"{task.pages.seed}/{task.guest}/{thread}")
         every = task.guests * THREADS
         count = range(len(task.pages.blocks))
@@ -127,12 +129,21 @@ class _Visitor:
     def end(self) -> Report:
         """Once over everything, now that all of it is here."""
         self._stop.set()
-        self._thread.join(STEP_S)
+        self._thread.join(END_S)
         if self._thread.is_alive():
-            return Report(wrong="a thread waits for a page that should be here")
+            return Report(wrong=f"a thread waits for a page that is here: {self._describe_wait()}")
         for block in self._wholes:
             self._visit(block, list(self._mine[block]), 0)
         return Report(self._visits, self._written, self._wrong)
+
+    def _describe_wait(self) -> str:
+        """The thread's wait, and what of its batch is not mapped here."""
+        block, pages = self._at
+        name = self._task.pages.blocks[block].name
+        first = self._addresses[name] // PAGE_BYTES
+        missing = [page for page in pages if not _is_mapped(first + page)]
+        where = Path(f"/proc/self/task/{self._thread.native_id}/wchan").read_text()
+        return f"{where}, of block {block} not mapped: {missing} of {pages}"
 
     def _go_round(self) -> None:
         while self._wrong is None and not self._stop.wait(self._task.pace_s):
@@ -144,6 +155,7 @@ class _Visitor:
     def _visit(self, block: int, pages: list[int], writes: int) -> None:
         if self._wrong is not None:
             return
+        self._at = block, pages
         memory = self._blocks[self._task.pages.blocks[block].name]
         expected, write = self._expected[block], None
         if writes:
@@ -173,6 +185,13 @@ class _Visitor:
             f"final {self._task.pages.final(block)[page]}), read again it is version {known}, "
             f"wrong from byte {at}, {data.count(0)} zero bytes"
         )
+
+
+def _is_mapped(number: int) -> bool:
+    """Documentation/admin-guide/mm/pagemap.rst: bit 63, present."""
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(number * 8)
+        return bool(file.read(8)[7] & 0x80)
 
 
 assert PRECOPIED < GUEST <= MARKS.start < MARKS.stop < oracle.KEEP

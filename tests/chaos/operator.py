@@ -20,7 +20,7 @@ PAUSED = "postcopy-paused"
 WAITS = "postcopy-recover-setup"
 STEP_S = 15.0
 AGAIN_S = 0.05
-SILENT_S = 1.0
+SILENT_S = 5.0
 """What came before the silence has been worked off by then."""
 
 
@@ -49,7 +49,7 @@ class Operator:
         except ConnectionError:
             return self.status if self.status in OVER else GONE
 
-    def wait_guests(self, count: int, timeout: float = 5.0) -> None:
+    def wait_guests(self, count: int, timeout: float = STEP_S) -> None:
         """Until so many have attached, or it is over; AssertionError."""
         deadline = time.monotonic() + timeout
         with contextlib.suppress(ConnectionError):
