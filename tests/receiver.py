@@ -50,8 +50,9 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        """The lines on stderr that report an error."""
-        return [line for line in self.stderr.splitlines() if line.startswith("sharded-pc: ")]
+        """The lines on stderr that report an error; a pause is none."""
+        lines = [line for line in self.stderr.splitlines() if line.startswith("sharded-pc: ")]
+        return [line for line in lines if not line.startswith("sharded-pc: WARNING: paused: ")]
 
 
 PLACEMENT: tuple[str, ...] = ()

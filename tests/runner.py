@@ -7,6 +7,7 @@ the receiver; it leaves no file in its folder for temporary files either.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -56,8 +57,11 @@ class Destination(QemuVm):
         return self.runner.stderr()
 
     def userfaultfds(self) -> list[str]:
-        folder = Path(f"/proc/{self.pid}/fd")
-        return [at.name for at in folder.iterdir() if "userfaultfd" in os.readlink(at)]
+        folder, found = Path(f"/proc/{self.pid}/fd"), []
+        for at in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                found += [at.name] if "userfaultfd" in os.readlink(at) else []
+        return found
 
     def registered_bytes(self) -> int:
         """How much of its memory is registered with a userfaultfd for missing pages."""

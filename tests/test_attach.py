@@ -285,6 +285,7 @@ def descriptor_counts(receiver: Receiving) -> list[int]:
 
 def annoy(receiver: Receiving, *, geometry: bool = True) -> None:
     """All bad clients; the receiver keeps none of their descriptors."""
+    wait_until(lambda: receiver.coordinator.shards.spare_pid, "the spare worker", WAIT_S)
     before, attached = descriptor_counts(receiver), guests(receiver)
     assert refusals(receiver, GREETINGS) == {}
     if geometry:

@@ -295,7 +295,8 @@ def test_clean_removes_the_dead_one_and_not_the_live_one(tmp_path, new_name):
             assert len(first.segments()) == 5
             assert f"{dead}: 5 files, " in sharded_pc("clean", "--list", "--name", dead)
             assert first.segments(), "--list removes nothing"
-            said = sharded_pc("clean", "--name", dead) + sharded_pc("clean", "--name", live)
+            said = sharded_pc("clean", "--resumable", "--name", dead)
+            said += sharded_pc("clean", "--resumable", "--name", live)
             assert [line.rpartition(", ")[2] for line in said.splitlines()] == ["removed", "alive"]
             assert first.segments() == []
             check_taken(live)

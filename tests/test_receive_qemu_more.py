@@ -264,12 +264,13 @@ class TestSourceGivesUp:
         assert outcome.exit_code == 4 and len(outcome.errors) == 1
 
     def test_source_dies_in_postcopy(self, tmp_path, unique_name, newer):
-        with booted(tmp_path, newer) as source, Receiver(tmp_path, unique_name) as receiver:
+        receiver = Receiver(tmp_path, unique_name, control=True)
+        with booted(tmp_path, newer) as source, receiver:
             begin_precopy(source, receiver.uri())
             switch(source, postcopy_rate=4 * MIB)
             wait_until(lambda: receiver.status()["status"] == "postcopy-active", "postcopy")
             source.kill()
-            outcome = receiver.finish()
+            outcome = receiver.give_up()
         assert outcome.exit_code == 5 and len(outcome.errors) == 1
         assert "pages are still there" in outcome.errors[0]
 

@@ -203,7 +203,7 @@ class TestBehindAShell:
         with pair(tmp_path, unique_name, binary, front=SHELL) as vms:
             vms.resume()
             vms.source.kill()
-            check_error(vms.runner.finish(), 5, "connection to the source was lost")
+            check_error(vms.runner.give_up(), 5, "connection to the source was lost")
 
     def test_signal_afterwards(self, tmp_path, unique_name, binary):
         with pair(tmp_path, unique_name, binary, front=SHELL) as vms:

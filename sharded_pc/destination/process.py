@@ -14,6 +14,7 @@ from qemu.qmp import QMPError
 
 from sharded_pc.destination.monitor import QemuFailed
 from sharded_pc.errors import GuestLost, HostError
+from sharded_pc.processes import is_alive
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class QemuProcess:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             raise GuestLost(f"QEMU (pid {pid}) has ended while its receiver was away") from None
-        if _start_time(pid) != start:
+        if _start_time(pid) != start or not is_alive(pid):
             os.close(pidfd)
             raise GuestLost(f"QEMU (pid {pid}) has ended while its receiver was away")
         process = cls(pid, None)
