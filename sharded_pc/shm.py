@@ -4,7 +4,7 @@ A receiver called NAME owns POSIX shared-memory objects; under /dev/shm they are
 
 ==================  ==========================================================
 NAME.BLOCK          one RAMBlock (unusual bytes of its name as %XX)
-NAME%control        state, geometry, rings, counters (native/control.h)
+NAME%control        state, geometry, rings, counters (native/shared/control.h)
 NAME%pool           tmp pages, 1 MiB for each shard
 NAME%bitmaps        received, requested and written bits
 ==================  ==========================================================

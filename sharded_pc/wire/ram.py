@@ -2,7 +2,7 @@
 
 A record is be64 (offset | flags), then, unless CONTINUE, the block's name (u8 length, bytes), then
 what the kind asks for: 4096 bytes for PAGE, one fill byte for ZERO.  CONTINUE means the last block
-named on this channel, across sections.  native/ram.c does the same at speed; the error functions
+named on this channel, across sections.  native/stream/ram.c does the same at speed; the error functions
 below make the text for both.
 """
 

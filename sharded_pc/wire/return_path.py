@@ -51,7 +51,7 @@ def resume_ack() -> bytes:
 
 def recv_bitmap(block: str, words: bytes) -> bytes:
     """Recovery: the received bits of a block, in little-endian 8-byte words (the receiver's own are
-    written in C, native/return_path.c)."""
+    written in C, native/back/return_path.c)."""
     name = block.encode("utf-8", "surrogateescape")
     head = message(Rp.RECV_BITMAP, bytes([len(name)]) + name)
     return head + struct.pack(">Q", len(words)) + words + struct.pack(">Q", BITMAP_END)

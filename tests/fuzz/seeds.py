@@ -134,7 +134,7 @@ def _word(kind: int, argument: int = 0) -> bytes:
 
 
 def _ram() -> Iterable[bytes]:
-    """Programs of native/ram.c."""
+    """Programs of native/stream/ram.c."""
     raw, named, pages, zeros, payload, deliver, eos, other = range(8)
     run = _word(named) + b"\5" + _word(pages, 31) + _word(deliver, 9) + _word(pages, 20)
     mixed = _word(named, 1) + b"\0" + _word(zeros, 2) + _word(named) + b"\x3e" + _word(zeros, 8)
