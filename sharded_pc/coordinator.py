@@ -122,8 +122,8 @@ class Coordinator:
             settings, self.memory, self.shards, populator, self._huge_pages, self._ending,
             self._tell_status,
         )  # fmt: skip
-        self.shards.on_restart = self.migration.ask_again
-        self.shards.on_trouble = self.migration.trouble
+        self.shards.on_restart = self.migration.connections.ask_again
+        self.shards.on_trouble = self.migration.connections.trouble
         if self.resumes:
             await self.migration.take_up(self._guests_before)
         await self._open_sockets()
@@ -183,12 +183,12 @@ class Coordinator:
             raise HostError(f"make a socket: {error.strerror or error}") from error
 
     def _commands(self) -> list[Command]:
-        recover, pause = self.migration.recover, self.migration.pause
+        connections = self.migration.connections
         return [
             Command("query-migrate", self.info),
             Command("quit", self.quit),
-            Command("migrate-recover", lambda uri: recover(parse(uri)), {"uri": str}),
-            Command("migrate-pause", pause),
+            Command("migrate-recover", lambda uri: connections.recover(parse(uri)), {"uri": str}),
+            Command("migrate-pause", connections.pause),
         ]
 
     def _serve_guests(self, path: str) -> None:
@@ -214,7 +214,7 @@ class Coordinator:
             self._exit.callback(path.unlink, missing_ok=True)
         destination = QemuDestination(
             settings.qemu, self.memory, (monitor, stream), settings.attach,
-            self.migration.ask_again, attach.guest_of, settings.qemu_stdout,
+            self.migration.connections.ask_again, attach.guest_of, settings.qemu_stdout,
         )  # fmt: skip
         self._exit.push_async_callback(destination.end)
         self.migration.destination = destination
@@ -308,7 +308,7 @@ class Coordinator:
     def info(self) -> dict:
         """As `query-migrate`."""
         received = self.memory.received_pages() if self.memory.geometry else []
-        why = self.error or self.migration.paused_by
+        why = self.error or self.migration.connections.paused_by
         error = str(why) if why else None
         over = is_over(self.memory.control.status)
         huge = self._huge_pages.mapped(self.migration.guest_pids) if over else None

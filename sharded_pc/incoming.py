@@ -1,79 +1,26 @@
-"""The incoming migration: what each message of the stream makes happen.
+"""The incoming migration: one connection's stream, from its first byte to its end.
 
 Runs on a thread of its own.  The parser (wire/reader.py) says what the bytes mean, the state table
-(state.py) whether that may come now, and this module does it: memory, shards, return path.  RAM
-records never come here one by one: native Ram takes a whole section at a time.
-
-QEMU's words for the same: migration/savevm.c loadvm_postcopy_handle_*.
+(state.py) whether that may come now, and messages.py does it.  RAM records never come there one by
+one: native Ram takes a whole section at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Protocol
+from collections.abc import Sequence
 
-from sharded_pc.errors import (
-    ConnectionLost,
-    RemoteProtocolError,
-    StreamEnded,
-)
-from sharded_pc.geometry import PAGE_BYTES, RamBlock
-from sharded_pc.loading import Loading
+from sharded_pc.errors import ConnectionLost, RemoteProtocolError, StreamEnded
+from sharded_pc.geometry import RamBlock
 from sharded_pc.memory import GuestMemory
-from sharded_pc.native.alias import Alias
-from sharded_pc.native.guests import Guests
+from sharded_pc.messages import Channels, Messages, Receiver
 from sharded_pc.native.ram import Ram, Records, Stop, Stream, WireClosed
-from sharded_pc.state import Message, MigrationStatus, PostcopyState, advance, listening
-from sharded_pc.wire import events, return_path
+from sharded_pc.state import PostcopyState, listening
+from sharded_pc.wire import events
 from sharded_pc.wire import ram as ram_text
 from sharded_pc.wire.reader import StreamReader
 from sharded_pc.wire.steps import TELL, Parser, Some
 
-
-class Channels(Protocol):
-    """What the connection does for its stream; every call blocks until it is done."""
-
-    def one_channel(self) -> None:
-        """The source sends RAM: channels that belong to the set-up would be open by now."""
-
-    def open_return_path(self) -> None: ...
-
-    def post(self, message: bytes) -> None:
-        """Sends a return-path message."""
-
-    def send_bitmap(self, block: int) -> None:
-        """Sends a block's received bitmap."""
-
-
-class Receiver(Protocol):
-    """What the migration does for the stream; every call blocks until it is done."""
-
-    guests: Guests
-    """whose requested pages are served at once; there after define()"""
-    aliases: Sequence[Alias]
-    """of each block, for payload to land in, none with `copy`; there after define()"""
-
-    def define(self, blocks: tuple[RamBlock, ...]) -> None:
-        """The block list is known: memory is checked and made, workers map it."""
-
-    def prepare_discard(self) -> None: ...
-
-    def listen(self) -> None:
-        """All discards are done, or the migration goes on after a pause: arm faults, send
-        requests."""
-
-    def configured(self, machine: str) -> None:
-        """The source's machine type."""
-
-    def load_devices(self, data: bytes) -> Future | None:
-        """Starts a destination's loading of device state; None if nobody loads it.  The stream
-        goes on meanwhile."""
-
-    def placed(self) -> None:
-        """Every page is here: release the guests."""
-
-    def status_changed(self, status: MigrationStatus) -> None: ...
+__all__ = ["Incoming", "Receiver", "bad_record"]
 
 
 class Incoming:
@@ -95,41 +42,18 @@ class Incoming:
     ) -> None:
         self._memory = memory
         self._control = memory.control
-        self._channels = channels
-        self._receiver = receiver
-        self._stop = stop
         self._stream = Stream(fd, stop, record_fd, earlier=self._control.totals.transferred)
         self._reader = StreamReader(self._records)
         self._resumes = resumes
-        self._ram: Ram | None = None
-        self._has_return_path = False
-        self.devices = b""
-        self._loading: Loading | None = None
-        self._defers = False
-        self._handlers: dict[type, tuple[Message | None, Callable]] = {
-            events.Configuration: (None, self._configuration),
-            events.RamBlocks: (None, self._blocks),
-            events.RamSection: (None, self._ram_section),
-            events.RamSectionEnd: (None, self._ram_section_end),
-            events.OpenReturnPath: (Message.OPEN_RETURN_PATH, self._open_return_path),
-            events.Ping: (Message.PING, self._ping),
-            events.PostcopyAdvise: (Message.POSTCOPY_ADVISE, self._advise),
-            events.RamDiscard: (Message.POSTCOPY_RAM_DISCARD, self._discard),
-            events.SwitchoverStart: (Message.SWITCHOVER_START, _nothing),
-            events.Packaged: (Message.PACKAGED, self._packaged),
-            events.PostcopyListen: (Message.POSTCOPY_LISTEN, self._listen),
-            events.PackagedDevices: (Message.PACKAGED_DEVICES, self._load_packaged),
-            events.PostcopyRun: (Message.POSTCOPY_RUN, self._run),
-            events.RecvBitmap: (Message.RECV_BITMAP, self._recv_bitmap),
-            events.PostcopyResume: (Message.POSTCOPY_RESUME, self._resume),
-            events.Devices: (Message.DEVICES, self._load_precopied),
-            events.Eof: (Message.EOF, self._eof),
-            events.VmDescription: (Message.VMDESCRIPTION, _nothing),
-        }
+        self._messages = Messages(memory, self._stream, channels, receiver, stop)
 
     @property
     def state(self) -> PostcopyState:
         return self._control.postcopy_state
+
+    @property
+    def devices(self) -> bytes:
+        return self._messages.devices
 
     def run(self) -> None:
         """Until the migration has completed; RemoteProtocolError, ConnectionLost, HostError,
@@ -143,19 +67,14 @@ class Incoming:
             error.state = error.state or self.state.name
             raise
         finally:
-            if self._ram is not None:
-                self._ram.release()
-                self._ram = None
+            self._messages.release()
             self._control.note_transferred(self._stream.offset)
 
     def _events(self) -> Parser:
         if not self._resumes:
             return self._reader.events()
         assert self._control.ram_section is not None
-        self._has_return_path = True
-        self._channels.open_return_path()
-        self._use_ram()
-        self._ram.enter_postcopy()
+        self._messages.go_on()
         return self._reader.resumed_events(self._control.ram_section)
 
     def _wire_closed(self) -> Exception:
@@ -163,7 +82,7 @@ class Incoming:
         lost = "the connection to the source was lost" + (f" ({broken_by})" if broken_by else "")
         if listening(self.state):
             text = f"{lost} at stream offset {where} in postcopy state {self.state.name}: "
-            text += f"{self._missing()} pages are still there"
+            text += f"{self._messages.missing()} pages are still there"
             return ConnectionLost(text + ("" if self.state is PostcopyState.RUNNING else NOT_YET))
         if broken_by:
             return StreamEnded(lost, offset=where, state=self.state.name)
@@ -182,7 +101,7 @@ class Incoming:
             try:
                 want = parser.send(answer)
             except StopIteration:
-                return self._complete()
+                return self._messages.complete()
             try:
                 answer = self._serve(want)
             except RemoteProtocolError as error:
@@ -198,220 +117,37 @@ class Incoming:
             case _ if want is TELL:
                 return self._stream.offset
             case _ if want is _RECORDS:
-                assert self._ram is not None
-                return self._ram.records()
+                assert self._messages.ram is not None
+                return self._messages.ram.records()
             case event:
-                return self._handle(event)
+                return self._messages.handle(event)
 
     def _some(self, most: int) -> bytes:
         """A migration that completes in precopy may end with the wire (a file, say)."""
         try:
             return self._stream.some(min(most, 1 << 20))
         except WireClosed:
-            if self._ram is not None and not listening(self.state):
+            if self._messages.ram is not None and not listening(self.state):
                 return b""
             raise
-
-    def _handle(self, event: object) -> None:
-        if self._defers and self._loading is not None:
-            # The rest of the package says that device state was loaded: true only once it is.
-            self._loading.defer(event)
-            if isinstance(event, events.PostcopyRun):
-                self._defers = False
-                self._loading.follow()
-            return
-        if isinstance(event, events.Eof) and self._loading is not None:
-            self._loading.wait()
-        self._obey(event)
-
-    def _obey(self, event: object) -> None:
-        message, handler = self._handlers[type(event)]
-        state = self.state
-        after = advance(state, message) if message is not None else state
-        handler(event)
-        if after != state and self.state == state:
-            self._control.exchange_postcopy_state(after)
 
     # RAM records, in C
 
     def _records(self) -> Parser:
         """The records of one section; the C twin of wire.ram.Channel.records."""
-        if self._ram is None:
+        if self._messages.ram is None:
             yield from self._setup_records()
             return
         outcome = yield _RECORDS
         if outcome is not Records.EOS:
-            raise bad_record(outcome, self._ram, self._memory.geometry.blocks)
+            raise bad_record(outcome, self._messages.ram, self._memory.geometry.blocks)
 
     def _setup_records(self) -> Parser:
         """The setup section begins with the block list; only then is there memory for pages."""
-        yield events.RamBlocks((yield from ram_text.first_record()))
-        yield from self._records()
-
-    # What each event does
-
-    def _configuration(self, event: events.Configuration) -> None:
-        self._receiver.configured(event.machine)
-
-    def _blocks(self, event: events.RamBlocks) -> None:
+        blocks = yield from ram_text.first_record()
         self._control.note_ram_section(self._reader.ram_id)
-        self._receiver.define(event.blocks)
-        self._use_ram()
-        self._control.note_setup()
-        self._status(MigrationStatus.ACTIVE)
-
-    def _use_ram(self) -> None:
-        memory, aliases = self._memory, self._receiver.aliases
-        self._ram = Ram(
-            self._stream,
-            self._control,
-            memory.received,
-            memory.requested,
-            memory.pool.map,
-            self._stop,
-        )
-        for index, segment in enumerate(memory.blocks):
-            self._ram.use_block(index, segment.fd)
-        if aliases:
-            self._ram.go_straight(memory.written, aliases)
-        self._ram.serve(self._receiver.guests)
-
-    def _ram_section(self, event: events.RamSection) -> None:
-        kinds = {"setup": Message.RAM_SETUP, "part": Message.RAM_PRECOPY, "end": Message.RAM_END}
-        advance(self.state, kinds[event.kind])
-
-    def _ram_section_end(self, event: events.RamSectionEnd) -> None:
-        if event.kind != "setup":
-            self._channels.one_channel()
-        self._control.note_transferred(self._stream.offset)
-
-    def _open_return_path(self, event: events.OpenReturnPath) -> None:
-        self._has_return_path = True
-        self._channels.open_return_path()
-
-    def _ping(self, event: events.Ping) -> None:
-        if not self._has_return_path:
-            raise RemoteProtocolError("PING before OPEN_RETURN_PATH")
-        self._channels.post(return_path.pong(event.value))
-
-    def _advise(self, event: events.PostcopyAdvise) -> None:
-        if event.page_sizes is None:
-            raise RemoteProtocolError(
-                "POSTCOPY_ADVISE for dirty bitmaps only: turn the source's dirty-bitmaps "
-                "capability off or its postcopy-ram capability on"
-            )
-        if event.target_page_size != PAGE_BYTES:
-            raise RemoteProtocolError(
-                f"target pages of {event.target_page_size} bytes, expected {PAGE_BYTES}"
-            )
-        if event.page_sizes != PAGE_BYTES:
-            raise RemoteProtocolError(
-                f"RAM with page sizes {event.page_sizes:#x} (huge pages), expected only "
-                f"{PAGE_BYTES:#x}: start the source's guest without hugetlbfs memory"
-            )
-
-    def _discard(self, event: events.RamDiscard) -> None:
-        if self._ram is None:
-            raise RemoteProtocolError("POSTCOPY_RAM_DISCARD before the block list")
-        if self.state is PostcopyState.ADVISE:
-            self._control.note_stopped()
-            self._receiver.prepare_discard()
-        try:
-            index = self._memory.geometry.index(event.block)
-        except KeyError:
-            raise RemoteProtocolError(f"discard in unknown block {event.block!r}") from None
-        block = self._memory.geometry.blocks[index]
-        bad = self._ram.discards(index, event.ranges)
-        if bad is not None:
-            raise _bad_discard(block, *event.ranges[bad])
-        if self.state is PostcopyState.DISCARD:
-            self._ram.discards_ahead()
-
-    def _packaged(self, event: events.Packaged) -> None:
-        if self._ram is None:
-            raise RemoteProtocolError("PACKAGED before the block list")
-
-    def _listen(self, event: events.PostcopyListen) -> None:
-        if not self._has_return_path:
-            raise RemoteProtocolError("POSTCOPY_LISTEN without OPEN_RETURN_PATH: no way to ask")
-        if self.state is PostcopyState.ADVISE:  # nothing to discard: QEMU prepares here too
-            self._control.note_stopped()
-            self._receiver.prepare_discard()
-        self._ram.drain()  # every discard is done before a fault can be armed
-        self._ram.enter_postcopy()
-        self._control.exchange_postcopy_state(PostcopyState.LISTENING)
-        self._status(MigrationStatus.POSTCOPY_ACTIVE)
-        self._receiver.listen()
-
-    def _load_packaged(self, event: events.PackagedDevices) -> None:
-        self.devices = event.data
-        self._load(event.data)
-        self._defers = self._loading is not None
-
-    def _load(self, devices: bytes) -> None:
-        future = self._receiver.load_devices(devices)
-        if future is not None:
-            self._loading = Loading(future, self._obey, self._stop)
-
-    def _load_precopied(self, event: events.Devices) -> None:
-        """All RAM is here: whoever maps it runs on plain memory from now on."""
-        self.devices = event.data
-        self._control.note_stopped()
-        self._ram.drain()
-        self._ram.clear_unsent()
-        self._receiver.placed()
-        self._load(event.data)
-        if self._loading is not None:
-            self._loading.follow()
-
-    def _run(self, event: events.PostcopyRun) -> None:
-        self._control.note_running()
-
-    # A recovery
-
-    def _recv_bitmap(self, event: events.RecvBitmap) -> None:
-        try:
-            index = self._memory.geometry.index(event.block)
-        except KeyError:
-            raise RemoteProtocolError(f"RECV_BITMAP of unknown block {event.block!r}") from None
-        self._ram.drain()  # what is in the rings is here
-        self._channels.send_bitmap(index)
-
-    def _resume(self, event: events.PostcopyResume) -> None:
-        self._channels.post(return_path.resume_ack())
-        self._receiver.listen()
-        self._status(MigrationStatus.POSTCOPY_ACTIVE)
-
-    # The end
-
-    def _eof(self, event: events.Eof) -> None:
-        if self._ram is None:
-            raise RemoteProtocolError("the stream ends before any RAM")
-        if self._loading is not None and not listening(self.state):
-            self._control.note_running()
-        self._ram.drain()
-        if not listening(self.state):
-            return
-        missing = self._missing()
-        if missing:
-            raise RemoteProtocolError(f"the source ended with {missing} pages never sent")
-        self._receiver.placed()
-
-    def _complete(self) -> None:
-        """The parser is content: the migration has arrived."""
-        self._control.note_ended()
-        self._control.note_transferred(self._stream.offset)
-        self._status(MigrationStatus.COMPLETED)
-        if self._has_return_path:
-            self._channels.post(return_path.shut(0))
-
-    def _missing(self) -> int:
-        """Pages that have not arrived, received bits of rings' content included."""
-        return self._memory.geometry.total // PAGE_BYTES - sum(self._memory.received_pages())
-
-    def _status(self, status: MigrationStatus) -> None:
-        self._control.status = status
-        self._receiver.status_changed(status)
+        yield events.RamBlocks(blocks)
+        yield from self._records()
 
 
 NOT_YET = (
@@ -438,19 +174,3 @@ def bad_record(outcome: Records, ram: Ram, blocks: Sequence[RamBlock]) -> Remote
     }[outcome]()
     error.offset = ram.record_offset
     return error
-
-
-def _nothing(event: object) -> None:
-    pass
-
-
-def _bad_discard(block: RamBlock, start: int, length: int) -> RemoteProtocolError:
-    if start % PAGE_BYTES or length % PAGE_BYTES or length == 0:
-        return RemoteProtocolError(
-            f"discard of {length:#x} bytes at {start:#x} in block {block.name!r} is not whole "
-            f"{PAGE_BYTES}-byte pages"
-        )
-    return RemoteProtocolError(
-        f"discard of {length:#x} bytes at {start:#x} outside block {block.name!r} of "
-        f"{block.size:#x} bytes"
-    )

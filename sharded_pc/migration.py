@@ -13,21 +13,17 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from sharded_pc import host
-from sharded_pc.address import Address
 from sharded_pc.attach.server import AttachServer
 from sharded_pc.awaited import AwaitedPages
 from sharded_pc.connection import Connection
+from sharded_pc.connections import Connections
 from sharded_pc.ending import Ending
 from sharded_pc.errors import (
-    Cancelled,
     ConnectionLost,
     HostError,
-    RemoteProtocolError,
     ShardedPcError,
-    ShardError,
-    UsageError,
 )
-from sharded_pc.geometry import PAGE_BYTES, Geometry, Placement, RamBlock
+from sharded_pc.geometry import Geometry, Placement, RamBlock
 from sharded_pc.huge_pages import HugePages
 from sharded_pc.loop_calls import from_stream
 from sharded_pc.memory import GuestMemory
@@ -35,10 +31,9 @@ from sharded_pc.native.alias import Alias
 from sharded_pc.native.guests import Guests
 from sharded_pc.populate import Populator
 from sharded_pc.processes import is_alive
-from sharded_pc.recovery import Recovery
 from sharded_pc.settings import Settings
 from sharded_pc.shards import Shards
-from sharded_pc.state import MigrationStatus, PostcopyState
+from sharded_pc.state import MigrationStatus
 
 if TYPE_CHECKING:
     from sharded_pc.destination import QemuDestination
@@ -50,8 +45,6 @@ LOAD_ENDS_SECONDS = 2.0
 GUESTS_BACK_SECONDS = 10.0
 """For a dead receiver's guests to attach again; they try some times in a second."""
 LOOK_SECONDS = 0.02
-PAUSES = (ConnectionLost, RemoteProtocolError, HostError, ShardError)
-"""What ends a connection, and not a migration whose guest runs (as QEMU since 7.0: any error)."""
 
 
 class Migration:
@@ -77,9 +70,9 @@ class Migration:
         self._on_status = on_status
         self.attach: AttachServer | None = None
         self.destination: QemuDestination | None = None
-        self._recovery = Recovery(settings.recover_uri, ending, self._set_status)
-        self._connection: Connection | None = None
-        self.paused_by: ShardedPcError | None = None
+        self.connections = Connections(
+            memory, settings.recover_uri, ending, on_status, shards.revive
+        )
         self._guests_before: frozenset[int] = frozenset()
         """those of a dead receiver whose migration this was"""
         self._machine = ""
@@ -99,80 +92,8 @@ class Migration:
         """Everything that comes over the connection, and over others if it is lost while the guest
         runs; then guests run on plain memory."""
         self._memory.control.note_started()
-        await self._over(connection, record_fd)
+        await self.connections.receive(self, connection, record_fd)
         await self._finish()
-
-    async def _over(self, connection: Connection, record_fd: int) -> None:
-        while True:
-            self._connection = connection
-            try:
-                await connection.receive(self, record_fd)
-                return
-            except PAUSES as error:
-                connection.hang_up()
-                if self._ending.is_over or not self._can_pause():
-                    raise
-                self._pause(error)
-            except ShardedPcError:
-                connection.hang_up()
-                raise
-            finally:
-                self._connection = None
-                record_fd = -1  # a recording is one stream
-                connection.close()
-            connection = await self._recovered()
-
-    # Pause and recovery
-
-    def _can_pause(self) -> bool:
-        """The guest runs here: the source cannot go on with it, and has what is missing."""
-        return self._memory.control.postcopy_state is PostcopyState.RUNNING
-
-    def _pause(self, error: ShardedPcError) -> None:
-        self.paused_by = error
-        self._memory.control.note_back_lost()
-        missing = self._memory.geometry.total // PAGE_BYTES - sum(self._memory.received_pages())
-        log.warning(
-            "paused: %s; the guest goes on, and waits for %d missing pages: say migrate-recover at "
-            "the control socket, then migrate with resume at the source", error, missing,
-        )  # fmt: skip
-
-    async def _recovered(self) -> Connection:
-        try:
-            wire, listener = await self._recovery.accept()
-        except Cancelled as error:
-            raise ConnectionLost(f"{error} while paused: {self.paused_by}") from None
-        self._shards.revive()
-        return Connection(wire, listener, self._memory, self._ending, resumes=True)
-
-    def recover(self, uri: Address) -> None:
-        """`migrate-recover`; UsageError, HostError."""
-        self._recovery.recover(uri)
-
-    def pause(self) -> None:
-        """`migrate-pause`; UsageError."""
-        active = (MigrationStatus.POSTCOPY_ACTIVE, MigrationStatus.POSTCOPY_RECOVER)
-        if self._memory.control.status not in active:
-            raise UsageError(
-                "migrate-pause is currently only supported during postcopy-active or "
-                "postcopy-recover state"
-            )
-        if self._connection is None or not self._can_pause():
-            raise UsageError("Failed to pause destination migration: its guest does not run yet")
-        self._connection.ending.because(ConnectionLost("paused on request"))
-
-    def trouble(self, error: ShardedPcError) -> None:
-        """Something is broken here that the migration needs: it pauses if its guest runs."""
-        if not self._can_pause():
-            self._ending.because(error)
-        elif self._connection is not None:
-            self._connection.ending.because(error)
-        else:
-            log.error("while paused: %s", error)
-
-    def _set_status(self, status: MigrationStatus) -> None:
-        self._memory.control.status = status
-        self._on_status(status)
 
     async def take_up(self, guests: frozenset[int]) -> None:
         """A dead receiver's migration, whose guest runs: workers go on with what is in shared
@@ -185,11 +106,11 @@ class Migration:
 
     async def resume(self) -> None:
         """What receive() does, from the pause on."""
-        self._pause(ConnectionLost("the receiver died and was resumed"))
         if self.attach is not None:
             self.attach.geometry_known()
         self._readying = asyncio.create_task(self._make_ready())
-        await self._over(await self._recovered(), -1)
+        why = ConnectionLost("the receiver died and was resumed")
+        await self.connections.resume(self, why)
         await self._finish()
 
     async def _finish(self) -> None:
@@ -239,8 +160,8 @@ class Migration:
         if self.destination is not None:
             # Nothing more is read before it is up: a destination that cannot run ends the migration
             # while the source's guest still can, even if the source is told to switch at once.
-            assert self._connection is not None
-            await self._connection.ending.unless_over(self.destination.start(self._machine))
+            assert self.connections.current is not None
+            await self.connections.current.ending.unless_over(self.destination.start(self._machine))
             self.watch()
 
     def _use_blocks(self) -> None:
@@ -268,14 +189,15 @@ class Migration:
     @from_stream
     async def listen(self) -> None:
         """Also when a paused migration goes on."""
-        assert self._connection is not None
-        fd = self._connection.requests_fd
+        connection = self.connections.current
+        assert connection is not None
+        fd = connection.requests_fd
         if fd >= 0:
             await self._shards.tell("listen", True, fd=fd)
         else:
             await self._shards.tell("listen")
-        self._connection.arm()
-        self.paused_by = None
+        connection.arm()
+        self.connections.paused_by = None
         if self._readying is None:
             self._readying = asyncio.create_task(self._make_ready())
 
@@ -289,15 +211,9 @@ class Migration:
                 "%d pages could not be dropped (huge pages of /dev/shm that somebody uses); guests "
                 "wait until they have come again", len(awaited),
             )  # fmt: skip
-            await awaited.arrive(self.ask_again)
+            await awaited.arrive(self.connections.ask_again)
         if self.attach is not None:
             self.attach.ready()
-
-    def ask_again(self) -> None:
-        """Asks the source for all pages that are requested and not received; while there is no
-        source, that is done when there is one."""
-        if self._connection is not None:
-            self._connection.ask_again()
 
     # The destination
 

@@ -101,7 +101,7 @@ class Migration:
             missing = missing_pages(source.oracle, 0)
             memory = self._coordinator.memory
             memory.requested.set(memory.control.block(0)[2] + missing[0], 1)
-            self._coordinator.migration.ask_again()
+            self._coordinator.migration.connections.ask_again()
         with contextlib.suppress(OSError):
             source._sock.recv(PAGE_BYTES)  # holds the connection, as a host that froze does
 

@@ -1,8 +1,8 @@
 """The product without a source: memory, worker processes, attach socket, and C feeders.
 
-Everything here but the feeders (native/lab/floor.h) is what a receiver runs.  With `continue` the RAM
-is populated and filled once, as if the stream had written it, and stays so: what is measured is how
-a page that stands there gets into a guest.
+Everything here but the feeders (native/lab/floor.h) is what a receiver runs.  With `continue` the
+RAM is populated and filled once, as if the stream had written it, and stays so: what is measured is
+how a page that stands there gets into a guest.
 """
 
 from __future__ import annotations

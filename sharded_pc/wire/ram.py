@@ -2,8 +2,8 @@
 
 A record is be64 (offset | flags), then, unless CONTINUE, the block's name (u8 length, bytes), then
 what the kind asks for: 4096 bytes for PAGE, one fill byte for ZERO.  CONTINUE means the last block
-named on this channel, across sections.  native/stream/ram.c does the same at speed; the error functions
-below make the text for both.
+named on this channel, across sections.  native/stream/ram.c does the same at speed; the error
+functions below make the text for both.
 """
 
 from __future__ import annotations
