@@ -16,6 +16,8 @@ pytestmark = pytest.mark.uffd
 
 SEEDS = (17, 22, 28, 103)
 """Many cuts, and workers killed, crashed and stopped."""
+WHOLE = 273
+"""Whole receivers too."""
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +31,14 @@ def _end_guests() -> Iterator[None]:
 def test_a_guest_survives(seed, placement):
     result, line = lane.one(seed, placement=placement)
     assert result.outcome == "completed", f"{line}\n{result.detail}"
+
+
+@pytest.mark.parametrize("placement", Placement)
+def test_a_guest_survives_its_receiver(placement):
+    """The coordinator is killed, and all of its successor; workers die and connections break."""
+    result, line = lane.one(WHOLE, victims=Victims.ALL, placement=placement)
+    assert result.outcome == "completed", f"{line}\n{result.detail}"
+    assert result.counts["coordinators"] == 2
 
 
 def test_a_cut_before_the_switch_is_a_clean_failure():

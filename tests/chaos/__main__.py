@@ -50,9 +50,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the first one; others follow")
     parser.add_argument("--jobs", type=int, default=2, help="migrations at a time (2)")
     parser.add_argument("--placement", choices=list(Placement), help="default: as drawn")
-    parser.add_argument(
-        "--kill", choices=list(Victims), default=Victims.WORKERS, help="who dies (workers)"
-    )
+    parser.add_argument("--kill", choices=list(Victims), default=Victims.ALL, help="who dies (all)")
     parser.add_argument(
         "--details", type=Path, default=Path("build/chaos"), metavar="DIR",
         help="what is known of migrations that went wrong (build/chaos/SEED)",
