@@ -195,7 +195,7 @@ class Coordinator:
         shards, patience = self.shards, self.settings.attach_step_seconds
         server = AttachServer(path, self.memory, shards.add_guest, shards.drop_guest, patience)
         self._exit.push_async_callback(server.close)
-        shards.on_guest_trouble = server.broken
+        shards.on_guest_trouble = server.guests.broken
         self.migration.attach = self._attach = server
 
     async def _make_destination(self) -> None:
@@ -214,7 +214,7 @@ class Coordinator:
             self._exit.callback(path.unlink, missing_ok=True)
         destination = QemuDestination(
             settings.qemu, self.memory, (monitor, stream), settings.attach,
-            self.migration.connections.ask_again, attach.guest_of, settings.qemu_stdout,
+            self.migration.connections.ask_again, attach.guests.guest_of, settings.qemu_stdout,
         )  # fmt: skip
         self._exit.push_async_callback(destination.end)
         self.migration.destination = destination

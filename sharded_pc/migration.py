@@ -130,7 +130,7 @@ class Migration:
 
     @property
     def guest_pids(self) -> frozenset[int]:
-        return self.attach.pids if self.attach is not None else frozenset()
+        return self.attach.guests.pids if self.attach is not None else frozenset()
 
     async def close(self) -> None:
         """Nothing of it goes on; the destination does."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sharded_pc.attach import mappings, server
+from sharded_pc.attach import guests, mappings
 from sharded_pc.host import limits
 from sharded_pc.observe import memory
 
@@ -41,7 +41,7 @@ def test_parents() -> None:
     with subprocess.Popen(["sh", "-c", say], **pipes) as child:
         assert child.stdout.readline() == b"\n"
         assert b"\xff" in Path(f"/proc/{child.pid}/comm").read_bytes()
-        assert os.getpid() in server._ancestry(child.pid)
+        assert os.getpid() in guests._ancestry(child.pid)
 
 
 def test_mounts(tmp_path: Path) -> None:

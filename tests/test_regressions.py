@@ -97,7 +97,7 @@ def test_a_wire_that_is_never_empty_sees_the_stop_switch(unique_name, tmp_path):
 def test_events_are_not_asked_for():
     """A userfaultfd with events hands descriptors to whoever reads it; the attach server refuses
     those, so ours must not have any."""
-    from sharded_pc.attach.server import EVENTS, _features
+    from sharded_pc.attach.guests import EVENTS, _features
 
     uffd, eventful = Uffd.open(), Uffd.open(1 << 3 | 1 << 5)
     try:

@@ -7,19 +7,17 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 
 from sharded_pc.attach import protocol
-from sharded_pc.attach.mappings import check_mapped
-from sharded_pc.errors import AttachError, HostError, ShardedPcError, ShardError
+from sharded_pc.attach.guests import AttachedGuests, tell
+from sharded_pc.errors import AttachError, ShardedPcError
 from sharded_pc.geometry import Geometry
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.control import MAX_GUESTS
 from sharded_pc.transport import fds
 from sharded_pc.transport.accepting import TrustedAcceptor
 from sharded_pc.transport.incoming import bind_unix
-from sharded_pc.transport.peers import peer_of
 
 log = logging.getLogger(__name__)
 
@@ -27,20 +25,14 @@ STEP_SECONDS = 10.0
 MAX_CLIENTS = 4 * MAX_GUESTS
 """At a time: guests, and others in the hand-over, whose silence ends after `step_seconds`.  More
 wait in the queue, so that they cannot take all descriptors."""
-EVENTS = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
-"""UFFD_FEATURE_EVENT_FORK, REMAP, REMOVE, UNMAP: a fork's event installs a descriptor in whoever
-reads it, and a pending one stops every placement."""
-USERFAULTFD = "anon_inode:[userfaultfd]"
-"""What /proc/self/fd says of one; no file's path can."""
 
 
 class AttachServer:
     """Serves one receiver's attach socket.
 
-    `add(slot, addresses, mode, uffds)` and `drop(slot, release)` tell the workers; both are
-    serialised here for each guest.  The coordinator says when things are known: geometry_known(),
-    ready(), completed(), failed().  A client that says nothing for `step_seconds` in the middle of
-    the hand-over is dropped.
+    `add` and `drop` tell the workers (guests.py).  The coordinator says when things are known:
+    geometry_known(), ready(), completed(), failed().  A client that says nothing for
+    `step_seconds` in the middle of the hand-over is dropped.
     """
 
     def __init__(
@@ -53,22 +45,11 @@ class AttachServer:
     ) -> None:
         self.path = path
         self._memory = memory
-        self._add = add
-        self._drop = drop
+        self.guests = AttachedGuests(memory, add, drop)
         self._step_seconds = step_seconds
         self._sock = bind_unix(path)
         self._geometry = asyncio.Event()
         self._ready = asyncio.Event()
-        self._over = asyncio.Event()
-        self._last_word = protocol.event(protocol.COMPLETED)
-        self._guests: dict[int, socket.socket] = {}
-        self._broken: dict[int, str] = {}
-        """what a worker said of a guest that is not admitted yet"""
-        self._pids: set[int] = set()
-        """processes that have finished the hand-over, now or before"""
-        self._free = list(range(MAX_GUESTS))
-        self._admission = asyncio.Lock()
-        """of the workers' learning of a guest: nothing ends in the middle of it"""
         self._room = asyncio.Semaphore(MAX_CLIENTS)
         self._clients: set[asyncio.Task] = set()
         self._accepting = asyncio.create_task(self._accept())
@@ -84,39 +65,15 @@ class AttachServer:
         """Every page is here: releases all guests and tells them."""
         await self._end(protocol.completed(huge_pages=huge_pages), release=True)
 
-    @property
-    def pids(self) -> frozenset[int]:
-        """Processes that have finished the hand-over, now or before."""
-        return frozenset(self._pids)
-
     async def failed(self, text: str) -> None:
         """Missing pages will not come from this receiver."""
         await self._end(protocol.event(protocol.FAILED, text), release=False)
 
     async def _end(self, word: dict, *, release: bool) -> None:
-        if self._over.is_set():
-            return
-        self._last_word = word
-        self._over.set()
-        async with self._admission:  # one that is being admitted is let go by its own task
-            for slot in list(self._guests):
-                await self._forget(slot, release=release)
-        self._geometry.set()
-        self._ready.set()
-
-    def broken(self, slot: int, text: str) -> None:
-        """A worker cannot serve this guest."""
-        sock = self._guests.get(slot)
-        if sock is None:  # one worker finds out while another still learns of the guest
-            self._broken[slot] = text
-        else:
-            log.warning("guest %d dropped: %s", slot, text)
-            _tell(sock, protocol.error(text))
-            sock.shutdown(socket.SHUT_RDWR)
-
-    def guest_of(self, pid: int) -> int | None:
-        """The process that has handed its userfaultfds over: `pid` or a child of it."""
-        return next((each for each in self._pids if pid in _ancestry(each)), None)
+        if self.guests.last_word is None:
+            await self.guests.end(word, release=release)
+            self._geometry.set()
+            self._ready.set()
 
     async def close(self) -> None:
         """Removes the socket; clients see the end of the stream.  A second call does nothing."""
@@ -148,7 +105,7 @@ class AttachServer:
             await self._talk(client, inbox)
         except ShardedPcError as error:
             log.warning("attach refused: %s", error)
-            _tell(client, protocol.error(str(error)))
+            tell(client, protocol.error(str(error)))
         except OSError as error:
             log.warning("attach given up: %s", error)
         finally:
@@ -165,18 +122,17 @@ class AttachServer:
                 return
         finally:
             await _cancel(gone)
-        ram = self._memory.geometry
+        ram, last_word = self._memory.geometry, self.guests.last_word
         if ram is None:
-            raise AttachError(self._last_word.get("desc") or "there is no RAM")
-        over = self._over.is_set()
+            raise AttachError((last_word or {}).get("desc") or "there is no RAM")
         mode = protocol.choose_mode(self._memory.placement, modes)
-        offer = protocol.geometry(self._memory.name, ram, None if over else mode)
+        offer = protocol.geometry(self._memory.name, ram, mode if last_word is None else None)
         fds.send(client, offer, [block.fd for block in self._memory.blocks])
         addresses = protocol.check_mappings(await self._message(client, inbox), ram)
-        if over:
-            self._pids.add(peer_of(client).pid)
-            _tell(client, {"attached": {"guest": -1}})
-            _tell(client, self._last_word)
+        if last_word is not None:
+            self.guests.note(client)
+            tell(client, {"attached": {"guest": -1}})
+            tell(client, last_word)
             return
         await self._serve_guest(client, inbox, ram, addresses, mode)
 
@@ -201,111 +157,23 @@ class AttachServer:
         addresses: list[int],
         mode: str,
     ) -> None:
-        async with self._admission:
-            slot = await self._admit(client, inbox.take_fds(), ram, addresses, mode)
+        slot = await self.guests.admit(client, inbox.take_fds(), ram, addresses, mode)
         try:
             await self._follow(client, slot)
         finally:
             # Shielded: the workers must forget this guest even if we are being closed.
-            await asyncio.shield(self._forget(slot, release=False))
-
-    async def _admit(
-        self,
-        client: socket.socket,
-        uffds: list[int],
-        ram: Geometry,
-        addresses: list[int],
-        mode: str,
-    ) -> int:
-        try:
-            if len(uffds) != ram.shards:
-                raise AttachError(
-                    f"{len(uffds)} userfaultfds handed over, expected one for each of "
-                    f"{ram.shards} shards"
-                )
-            _check_uffds(uffds)
-            check_mapped(peer_of(client).pid, self._memory.blocks, addresses)
-            if not self._free:
-                raise AttachError(f"{MAX_GUESTS} guests are attached already; close one first")
-            slot = self._free.pop(0)
-            self._broken.pop(slot, None)
-            try:
-                await self._add(slot, addresses, protocol.MODES[mode], uffds)
-            except (ShardError, HostError, OSError) as error:
-                await self._drop(slot, False)
-                self._free.append(slot)
-                raise AttachError(str(error)) from None
-        finally:
-            for fd in uffds:
-                os.close(fd)
-        self._guests[slot] = client
-        self._pids.add(peer_of(client).pid)
-        self._memory.control.note_guest(slot, peer_of(client).pid)
-        _tell(client, {"attached": {"guest": slot}})
-        if slot in self._broken:
-            self.broken(slot, self._broken.pop(slot))
-        if self._over.is_set():
-            await self._forget(slot, release="desc" not in self._last_word)
-        return slot
+            await asyncio.shield(self.guests.forget(slot, release=False))
 
     async def _follow(self, client: socket.socket, slot: int) -> None:
         """Tells READY, then waits for the guest to leave."""
         gone = asyncio.create_task(_end_of(client))
         try:
-            if slot in self._guests and await _first(self._ready.wait(), gone):
-                if slot in self._guests:
-                    _tell(client, protocol.event(protocol.READY))
+            if slot in self.guests and await _first(self._ready.wait(), gone):
+                if slot in self.guests:
+                    tell(client, protocol.event(protocol.READY))
                 await gone
         finally:
             await _cancel(gone)
-
-    async def _forget(self, slot: int, *, release: bool) -> None:
-        client = self._guests.pop(slot, None)
-        if client is None:
-            return
-        with contextlib.suppress(ShardError):
-            await self._drop(slot, release)
-        if self._over.is_set():
-            _tell(client, self._last_word)
-        self._free.append(slot)
-        self._memory.control.note_guest(slot, 0)
-
-
-def _ancestry(pid: int) -> Iterator[int]:
-    """The process and its parents."""
-    while pid > 1:
-        yield pid
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_bytes()  # its name need not be text
-        except OSError:
-            return
-        pid = int(stat.rpartition(b")")[2].split()[1])
-
-
-def _check_uffds(uffds: list[int]) -> None:
-    for fd in uffds:
-        kind = os.readlink(f"/proc/self/fd/{fd}")
-        if kind != USERFAULTFD:
-            raise AttachError(f"descriptor handed over is {kind}, expected a userfaultfd")
-        if _features(fd) & EVENTS:
-            raise AttachError(
-                "a userfaultfd with events (fork, remap, remove, unmap) cannot be served"
-            )
-
-
-def _features(fd: int) -> int:
-    """UFFD_FEATURE_* bits that a userfaultfd was opened with (Linux fs/userfaultfd.c,
-    userfaultfd_show_fdinfo: "API: api:features:supported")."""
-    for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
-        if line.startswith("API:"):
-            return int(line.split(":")[2], 16)
-    return 0
-
-
-def _tell(client: socket.socket, message: dict) -> None:
-    """Small and rare, so the socket's buffer takes it; a client that is gone needs no answer."""
-    with contextlib.suppress(OSError):
-        fds.send(client, message)
 
 
 async def _end_of(client: socket.socket) -> None:
