@@ -20,7 +20,6 @@ from sharded_pc.errors import (
     ShardError,
     UsageError,
 )
-from sharded_pc.geometry import PAGE_BYTES
 from sharded_pc.incoming import Receiver
 from sharded_pc.memory import GuestMemory
 from sharded_pc.recovery import Recovery
@@ -85,7 +84,7 @@ class Connections:
     def _pause(self, error: ShardedPcError) -> None:
         self.paused_by = error
         self._memory.control.note_back_lost()
-        missing = self._memory.geometry.total // PAGE_BYTES - sum(self._memory.received_pages())
+        missing = self._memory.missing_pages()
         log.warning(
             "paused: %s; the guest goes on, and waits for %d missing pages: say migrate-recover at "
             "the control socket, then migrate with resume at the source", error, missing,

@@ -37,7 +37,7 @@ from sharded_pc.populate import Populator
 from sharded_pc.settings import Settings
 from sharded_pc.shards import Shards
 from sharded_pc.state import MigrationStatus
-from sharded_pc.succession import NothingToResume, take_over
+from sharded_pc.tenure import Tenure
 from sharded_pc.transport.incoming import Listener, listen
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Coordinator:
         self._on_listening = on_listening
         self._exit = contextlib.AsyncExitStack()
         self._ending = Ending()
+        self._tenure: Tenure | None = None
         self.memory: GuestMemory
         self.shards: Shards
         self.migration: Migration
@@ -80,8 +81,6 @@ class Coordinator:
         self.error: ShardedPcError | None = None
         self.resumes = False
         """a dead receiver's migration"""
-        self._is_up = False
-        self._guests_before: frozenset[int] = frozenset()
 
     @property
     def destination(self) -> QemuDestination | None:
@@ -92,10 +91,10 @@ class Coordinator:
         try:
             await self._set_up()
         except BaseException as error:
-            self._is_up = isinstance(error, GuestLost)  # else somebody may yet take it up
+            if self._tenure is not None:
+                self._tenure.keeps_for_another = not isinstance(error, GuestLost)
             await self._exit.aclose()
             raise
-        self._is_up = True
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -105,11 +104,9 @@ class Coordinator:
         settings, callback = self.settings, self._exit.callback
         host.require_host(kernel_faults=bool(settings.qemu))
         callback(self._ending.close)
-        self.resumes = settings.resume and self._take_over()
-        if not self.resumes:
-            self.memory = GuestMemory.create(settings.name, settings.workers)
-        callback(self._leave_memory)
-        self._make_folder()
+        tenure = self._tenure = Tenure(settings)
+        callback(tenure.leave)
+        self.memory, self.resumes = tenure.memory, tenure.resumes
         self._guests = Guests(self.memory.control)
         callback(self._guests.close)
         populator = Populator(self.memory)
@@ -125,44 +122,23 @@ class Coordinator:
         self.shards.on_restart = self.migration.connections.ask_again
         self.shards.on_trouble = self.migration.connections.trouble
         if self.resumes:
-            await self.migration.take_up(self._guests_before)
+            await self.migration.take_up(tenure.guests_before)
         await self._open_sockets()
         await self._make_destination()
         self._exit.push_async_callback(self.migration.close)
-
-    def _take_over(self) -> bool:
-        """True if a dead receiver's memory is ours now; false: there is none, and a source may come
-        instead.  UsageError, HostError."""
-        try:
-            self.memory, self._guests_before = take_over(self.settings.name)
-        except NothingToResume:
-            if self.settings.incoming is None:
-                raise
-            return False
-        name, destination = self.settings.name, self.memory.control.destination
-        if (destination is not None) != self.settings.runs:
-            self.memory.close()
-            word = "receive" if destination is None else "run"
-            raise UsageError(f"receiver {name!r} was a `{word}`: sharded-pc {word} --resume {name}")
-        return True
 
     def _expect_source(self) -> None:
         settings = self.settings
         assert settings.incoming is not None
         self.memory.control.status = MigrationStatus.SETUP
-        self._record_fd = self._open_recording()
+        self._record_fd = -1
+        if settings.record is not None:
+            self._record_fd = open_recording(settings.record)
+            self._exit.callback(os.close, self._record_fd)
         if settings.qemu:
             _check_destination(settings.qemu)
         self._listener = listen(settings.incoming)
         self._exit.callback(self._listener.close)
-
-    def _make_folder(self) -> None:
-        """While the name is ours: no other receiver that lives uses the folder."""
-        name = self.settings.name
-        if self.resumes:
-            self._exit.callback(runtime_folder.clean, name)  # what the dead one left
-        if self.settings.needs_folder:
-            self._exit.callback(runtime_folder.remove, runtime_folder.make(name))
 
     async def _start_shards(self) -> None:
         count = self.memory.control.view.n_shards
@@ -199,47 +175,17 @@ class Coordinator:
         self.migration.attach = self._attach = server
 
     async def _make_destination(self) -> None:
-        settings, attach = self.settings, self._attach
         known = self.memory.control.destination if self.resumes else None
-        if not settings.qemu and known is None:
+        if not self.settings.qemu and known is None:
             return
-        from sharded_pc.destination import QemuDestination  # needs a QMP client, `receive` does not
-
-        assert settings.attach is not None and attach is not None
-        monitor, stream = (
-            Path(runtime_folder.runtime_path(settings.name, what))
-            for what in (runtime_folder.MONITOR, runtime_folder.STREAM)
-        )
-        for path in (monitor, stream):  # a QEMU that is killed leaves them
-            self._exit.callback(path.unlink, missing_ok=True)
-        destination = QemuDestination(
-            settings.qemu, self.memory, (monitor, stream), settings.attach,
-            self.migration.connections.ask_again, attach.guests.guest_of, settings.qemu_stdout,
-        )  # fmt: skip
+        assert self._attach is not None
+        ask, attached = self.migration.connections.ask_again, self._attach.guests.guest_of
+        destination = _destination(self.settings, self.memory, ask, attached, self._exit)
         self._exit.push_async_callback(destination.end)
         self.migration.destination = destination
         if known is not None:
             await destination.adopt(*known)
             self.migration.watch()
-
-    def _open_recording(self) -> int:
-        if self.settings.record is None:
-            return -1
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        try:
-            fd = os.open(self.settings.record, flags, 0o600)
-        except OSError as error:
-            raise HostError(f"record to {self.settings.record}: {error.strerror}") from error
-        self._exit.callback(os.close, fd)
-        return fd
-
-    def _leave_memory(self) -> None:
-        completed = self.memory.control.status is MigrationStatus.COMPLETED
-        if self.settings.keep and completed:
-            self.memory.unlink_all_but_ram()
-        elif self._is_up or not self.resumes:
-            self.memory.unlink()
-        self.memory.close()
 
     # The migration
 
@@ -249,7 +195,7 @@ class Coordinator:
         try:
             if self.resumes:
                 self._on_listening(None)
-                self._tell_started()
+                tell_started(self.settings.status_fd)
                 self.shards.keep_spare()
                 await self.migration.resume()
             else:
@@ -261,19 +207,10 @@ class Coordinator:
 
     async def _connected(self) -> Connection:
         self._on_listening(self._listener.address)
-        self._tell_started()
+        tell_started(self.settings.status_fd)
         self.shards.keep_spare()
         wire = await self._ending.unless_over(self._listener.accept())
         return Connection(wire, self._listener, self.memory, self._ending)
-
-    def _tell_started(self) -> None:
-        if self.settings.status_fd is not None:
-            try:
-                os.write(self.settings.status_fd, b"1")
-            except OSError as error:
-                raise UsageError(
-                    f"status descriptor {self.settings.status_fd}: {error.strerror}"
-                ) from error
 
     def quit(self) -> None:
         """Ends the migration now (QMP quit, signals)."""
@@ -283,8 +220,8 @@ class Coordinator:
         self.error = error
         if not self.memory.control.totals.ended_ns:
             self.memory.control.note_ended()
-        cancelled = isinstance(error, Cancelled)
-        status = MigrationStatus.CANCELLED if cancelled else MigrationStatus.FAILED
+        gave_up = isinstance(error, Cancelled)
+        status = MigrationStatus.CANCELLED if gave_up else MigrationStatus.FAILED
         self.memory.control.status = status
         self._tell_status(status)
         await self.migration.close()
@@ -308,14 +245,13 @@ class Coordinator:
     def info(self) -> dict:
         """As `query-migrate`."""
         received = self.memory.received_pages() if self.memory.geometry else []
-        why = self.error or self.migration.connections.paused_by
-        error = str(why) if why else None
+        error = self.error or self.migration.connections.paused_by
         over = is_over(self.memory.control.status)
         huge = self._huge_pages.mapped(self.migration.guest_pids) if over else None
-        missing = None
-        if is_paused(self.memory.control.status) or isinstance(self.error, ConnectionLost):
-            missing = self.memory.missing_stretches(MISSING_LISTED)
-        return migration_info(self.memory.name, self.memory.control, received, error, huge, missing)
+        waits = is_paused(self.memory.control.status) or isinstance(self.error, ConnectionLost)
+        missing = self.memory.missing_stretches(MISSING_LISTED) if waits else None
+        text = str(error) if error else None
+        return migration_info(self.memory.name, self.memory.control, received, text, huge, missing)
 
     def _tell_status(self, status: MigrationStatus) -> None:
         if self._qmp is not None:
@@ -326,3 +262,43 @@ def _check_destination(arguments: tuple[str, ...]) -> None:
     from sharded_pc.destination import check  # needs a QMP client, `receive` does not
 
     check(arguments)
+
+
+def _destination(
+    settings: Settings,
+    memory: GuestMemory,
+    ask: Callable[[], None],
+    attached: Callable[[int], int | None],
+    exit_: contextlib.AsyncExitStack,
+) -> QemuDestination:
+    from sharded_pc.destination import QemuDestination  # needs a QMP client, `receive` does not
+
+    assert settings.attach is not None
+    monitor, stream = (
+        Path(runtime_folder.runtime_path(settings.name, what))
+        for what in (runtime_folder.MONITOR, runtime_folder.STREAM)
+    )
+    for path in (monitor, stream):  # a QEMU that is killed leaves them
+        exit_.callback(path.unlink, missing_ok=True)
+    return QemuDestination(
+        settings.qemu, memory, (monitor, stream), settings.attach, ask, attached,
+        settings.qemu_stdout,
+    )  # fmt: skip
+
+
+def open_recording(path: str) -> int:
+    """HostError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o600)
+    except OSError as error:
+        raise HostError(f"record to {path}: {error.strerror}") from error
+
+
+def tell_started(status_fd: int | None) -> None:
+    """One byte, if anybody waits for it; UsageError."""
+    if status_fd is not None:
+        try:
+            os.write(status_fd, b"1")
+        except OSError as error:
+            raise UsageError(f"status descriptor {status_fd}: {error.strerror}") from error

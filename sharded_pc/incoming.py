@@ -82,7 +82,7 @@ class Incoming:
         lost = "the connection to the source was lost" + (f" ({broken_by})" if broken_by else "")
         if listening(self.state):
             text = f"{lost} at stream offset {where} in postcopy state {self.state.name}: "
-            text += f"{self._messages.missing()} pages are still there"
+            text += f"{self._memory.missing_pages()} pages are still there"
             return ConnectionLost(text + ("" if self.state is PostcopyState.RUNNING else NOT_YET))
         if broken_by:
             return StreamEnded(lost, offset=where, state=self.state.name)

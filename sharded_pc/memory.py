@@ -167,6 +167,11 @@ class GuestMemory:
             counts.append(self.received.count(first, segment.size // mmap.PAGESIZE))
         return counts
 
+    def missing_pages(self) -> int:
+        """Pages that have not arrived; what still stands in rings has not."""
+        assert self.geometry is not None
+        return sum(block.pages for block in self.geometry.blocks) - sum(self.received_pages())
+
     def missing(self, index: int) -> Iterator[tuple[int, int]]:
         """(first page, pages) of each stretch of a block that is not received."""
         yield from self._stretches(self.received, index, of=False)

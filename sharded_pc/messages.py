@@ -95,13 +95,13 @@ class Messages:
             events.RamSectionEnd: (None, self._ram_section_end),
             events.OpenReturnPath: (Message.OPEN_RETURN_PATH, self._open_return_path),
             events.Ping: (Message.PING, self._ping),
-            events.PostcopyAdvise: (Message.POSTCOPY_ADVISE, self._advise),
+            events.PostcopyAdvise: (Message.POSTCOPY_ADVISE, _check_advise),
             events.RamDiscard: (Message.POSTCOPY_RAM_DISCARD, self._discard),
             events.SwitchoverStart: (Message.SWITCHOVER_START, _nothing),
             events.Packaged: (Message.PACKAGED, self._packaged),
             events.PostcopyListen: (Message.POSTCOPY_LISTEN, self._listen),
             events.PackagedDevices: (Message.PACKAGED_DEVICES, self._load_packaged),
-            events.PostcopyRun: (Message.POSTCOPY_RUN, self._run),
+            events.PostcopyRun: (Message.POSTCOPY_RUN, lambda _: self._control.note_running()),
             events.RecvBitmap: (Message.RECV_BITMAP, self._recv_bitmap),
             events.PostcopyResume: (Message.POSTCOPY_RESUME, self._resume),
             events.Devices: (Message.DEVICES, self._load_precopied),
@@ -115,9 +115,8 @@ class Messages:
 
     def go_on(self) -> None:
         """Before the messages of a recovery: the blocks are known and guests run."""
-        self._has_return_path = True
-        self._channels.open_return_path()
-        self.use_ram()
+        self._open_return_path(events.OpenReturnPath())
+        self.ram = _ram_reader(self._memory, self._stream, self._receiver, self._stop)
         self.ram.enter_postcopy()
 
     def release(self) -> None:
@@ -153,29 +152,12 @@ class Messages:
 
     def _blocks(self, event: events.RamBlocks) -> None:
         self._receiver.define(event.blocks)
-        self.use_ram()
+        self.ram = _ram_reader(self._memory, self._stream, self._receiver, self._stop)
         self._control.note_setup()
         self._status(MigrationStatus.ACTIVE)
 
-    def use_ram(self) -> None:
-        memory, aliases = self._memory, self._receiver.aliases
-        self.ram = Ram(
-            self._stream,
-            self._control,
-            memory.received,
-            memory.requested,
-            memory.pool.map,
-            self._stop,
-        )
-        for index, segment in enumerate(memory.blocks):
-            self.ram.use_block(index, segment.fd)
-        if aliases:
-            self.ram.go_straight(memory.written, aliases)
-        self.ram.serve(self._receiver.guests)
-
     def _ram_section(self, event: events.RamSection) -> None:
-        kinds = {"setup": Message.RAM_SETUP, "part": Message.RAM_PRECOPY, "end": Message.RAM_END}
-        advance(self.state, kinds[event.kind])
+        advance(self.state, _SECTIONS[event.kind])
 
     def _ram_section_end(self, event: events.RamSectionEnd) -> None:
         if event.kind != "setup":
@@ -191,32 +173,13 @@ class Messages:
             raise RemoteProtocolError("PING before OPEN_RETURN_PATH")
         self._channels.post(return_path.pong(event.value))
 
-    def _advise(self, event: events.PostcopyAdvise) -> None:
-        if event.page_sizes is None:
-            raise RemoteProtocolError(
-                "POSTCOPY_ADVISE for dirty bitmaps only: turn the source's dirty-bitmaps "
-                "capability off or its postcopy-ram capability on"
-            )
-        if event.target_page_size != PAGE_BYTES:
-            raise RemoteProtocolError(
-                f"target pages of {event.target_page_size} bytes, expected {PAGE_BYTES}"
-            )
-        if event.page_sizes != PAGE_BYTES:
-            raise RemoteProtocolError(
-                f"RAM with page sizes {event.page_sizes:#x} (huge pages), expected only "
-                f"{PAGE_BYTES:#x}: start the source's guest without hugetlbfs memory"
-            )
-
     def _discard(self, event: events.RamDiscard) -> None:
         if self.ram is None:
             raise RemoteProtocolError("POSTCOPY_RAM_DISCARD before the block list")
         if self.state is PostcopyState.ADVISE:
             self._control.note_stopped()
             self._receiver.prepare_discard()
-        try:
-            index = self._memory.geometry.index(event.block)
-        except KeyError:
-            raise RemoteProtocolError(f"discard in unknown block {event.block!r}") from None
+        index = self._index("discard in", event.block)
         block = self._memory.geometry.blocks[index]
         bad = self.ram.discards(index, event.ranges)
         if bad is not None:
@@ -261,16 +224,16 @@ class Messages:
         if self._loading is not None:
             self._loading.follow()
 
-    def _run(self, event: events.PostcopyRun) -> None:
-        self._control.note_running()
+    def _index(self, what: str, block: str) -> int:
+        try:
+            return self._memory.geometry.index(block)
+        except KeyError:
+            raise RemoteProtocolError(f"{what} unknown block {block!r}") from None
 
     # A recovery
 
     def _recv_bitmap(self, event: events.RecvBitmap) -> None:
-        try:
-            index = self._memory.geometry.index(event.block)
-        except KeyError:
-            raise RemoteProtocolError(f"RECV_BITMAP of unknown block {event.block!r}") from None
+        index = self._index("RECV_BITMAP of", event.block)
         self.ram.drain()  # what is in the rings is here
         self._channels.send_bitmap(index)
 
@@ -289,7 +252,7 @@ class Messages:
         self.ram.drain()
         if not listening(self.state):
             return
-        missing = self.missing()
+        missing = self._memory.missing_pages()
         if missing:
             raise RemoteProtocolError(f"the source ended with {missing} pages never sent")
         self._receiver.placed()
@@ -301,10 +264,6 @@ class Messages:
         self._status(MigrationStatus.COMPLETED)
         if self._has_return_path:
             self._channels.post(return_path.shut(0))
-
-    def missing(self) -> int:
-        """Pages that have not arrived, received bits of rings' content included."""
-        return self._memory.geometry.total // PAGE_BYTES - sum(self._memory.received_pages())
 
     def _status(self, status: MigrationStatus) -> None:
         self._control.status = status
@@ -325,3 +284,38 @@ def _bad_discard(block: RamBlock, start: int, length: int) -> RemoteProtocolErro
         f"discard of {length:#x} bytes at {start:#x} outside block {block.name!r} of "
         f"{block.size:#x} bytes"
     )
+
+
+def _ram_reader(memory: GuestMemory, stream: Stream, receiver: Receiver, stop: Stop) -> Ram:
+    """After define()."""
+    ram = Ram(stream, memory.control, memory.received, memory.requested, memory.pool.map, stop)
+    for index, segment in enumerate(memory.blocks):
+        ram.use_block(index, segment.fd)
+    if receiver.aliases:
+        ram.go_straight(memory.written, receiver.aliases)
+    ram.serve(receiver.guests)
+    return ram
+
+
+_SECTIONS = {
+    "setup": Message.RAM_SETUP,
+    "part": Message.RAM_PRECOPY,
+    "end": Message.RAM_END,
+}
+
+
+def _check_advise(event: events.PostcopyAdvise) -> None:
+    if event.page_sizes is None:
+        raise RemoteProtocolError(
+            "POSTCOPY_ADVISE for dirty bitmaps only: turn the source's dirty-bitmaps "
+            "capability off or its postcopy-ram capability on"
+        )
+    if event.target_page_size != PAGE_BYTES:
+        raise RemoteProtocolError(
+            f"target pages of {event.target_page_size} bytes, expected {PAGE_BYTES}"
+        )
+    if event.page_sizes != PAGE_BYTES:
+        raise RemoteProtocolError(
+            f"RAM with page sizes {event.page_sizes:#x} (huge pages), expected only "
+            f"{PAGE_BYTES:#x}: start the source's guest without hugetlbfs memory"
+        )

@@ -30,7 +30,6 @@ from sharded_pc.memory import GuestMemory
 from sharded_pc.native.alias import Alias
 from sharded_pc.native.guests import Guests
 from sharded_pc.populate import Populator
-from sharded_pc.processes import is_alive
 from sharded_pc.settings import Settings
 from sharded_pc.shards import Shards
 from sharded_pc.state import MigrationStatus
@@ -42,9 +41,6 @@ log = logging.getLogger(__name__)
 
 LOAD_ENDS_SECONDS = 2.0
 """From a destination's exit to the end of loading its devices."""
-GUESTS_BACK_SECONDS = 10.0
-"""For a dead receiver's guests to attach again; they try some times in a second."""
-LOOK_SECONDS = 0.02
 
 
 class Migration:
@@ -114,19 +110,10 @@ class Migration:
         await self._finish()
 
     async def _finish(self) -> None:
-        await self._guests_back()
+        if self.attach is not None:
+            await self.attach.guests.back(self._guests_before)
         await self._release_guests()
         await self._huge_pages.settle(self.guest_pids)
-
-    async def _guests_back(self) -> None:
-        """Who waits for a dead receiver's word that all is here gets ours."""
-        waited = 0.0
-        while missing := {pid for pid in self._guests_before - self.guest_pids if is_alive(pid)}:
-            if waited >= GUESTS_BACK_SECONDS:
-                log.warning("guests %s have not attached again: they may wait for ever", missing)
-                return
-            await asyncio.sleep(LOOK_SECONDS)
-            waited += LOOK_SECONDS
 
     @property
     def guest_pids(self) -> frozenset[int]:

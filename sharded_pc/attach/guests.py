@@ -16,6 +16,7 @@ from sharded_pc.errors import AttachError, HostError, ShardError
 from sharded_pc.geometry import Geometry
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.control import MAX_GUESTS
+from sharded_pc.processes import is_alive
 from sharded_pc.transport import fds
 from sharded_pc.transport.peers import peer_of
 
@@ -26,6 +27,11 @@ EVENTS = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
 reads it, and a pending one stops every placement."""
 USERFAULTFD = "anon_inode:[userfaultfd]"
 """What /proc/self/fd says of one; no file's path can."""
+
+
+BACK_SECONDS = 10.0
+"""For a dead receiver's guests to attach again; they try some times in a second."""
+LOOK_SECONDS = 0.02
 
 
 class AttachedGuests:
@@ -66,6 +72,17 @@ class AttachedGuests:
     def pids(self) -> frozenset[int]:
         """Processes that have finished the hand-over, now or before."""
         return frozenset(self._pids)
+
+    async def back(self, wanted: frozenset[int]) -> None:
+        """Returns when these processes, a dead receiver's guests, have attached again or are gone:
+        they wait for the word that all is here."""
+        waited = 0.0
+        while missing := {pid for pid in wanted - self._pids if is_alive(pid)}:
+            if waited >= BACK_SECONDS:
+                log.warning("guests %s have not attached again: they may wait for ever", missing)
+                return
+            await asyncio.sleep(LOOK_SECONDS)
+            waited += LOOK_SECONDS
 
     def note(self, client: socket.socket) -> None:
         """It came after the end, and needs nobody."""
