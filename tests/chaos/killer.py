@@ -59,6 +59,11 @@ class Killer:
                     if pid not in others and not _is_tracker(pid)]  # fmt: skip
         return pids if whom == ALL else [pids[whom]]
 
+    def let_go_on(self) -> None:
+        """Who is stopped does not notice that its receiver is gone for good."""
+        for pid in self._receiver.processes():
+            self._go_on(pid)
+
     def _go_on(self, pid: int) -> None:
         with contextlib.suppress(OSError):  # it was replaced meanwhile
             self._signal(pid, "CONT")

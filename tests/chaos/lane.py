@@ -18,10 +18,12 @@ _guests: list[Guest] = []
 
 def main(conn, options: dict) -> None:
     """Gets seeds, answers (Result, line) for each, until the other end is closed."""
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        while True:
-            conn.send(one(conn.recv(), **options))
-    end()
+    try:
+        with contextlib.suppress(EOFError, BrokenPipeError):
+            while True:
+                conn.send(one(conn.recv(), **options))
+    finally:
+        end()  # they are deaf to what would end them otherwise
 
 
 def end() -> None:

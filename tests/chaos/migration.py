@@ -212,6 +212,7 @@ class Chaos:
         if not looks_resumable(self._name):
             with ReceiverView(self._name) as view:
                 self._last_info = view.info()
+            self._killer.let_go_on()
             return True
         self.receiver = self._exit.enter_context(self._successor())
         self._killer.receive_by(self.receiver)

@@ -53,11 +53,16 @@ class Operator:
         """Until so many have attached, or it is over; AssertionError."""
         deadline = time.monotonic() + timeout
         with contextlib.suppress(ConnectionError):
-            while (info := self._control.execute("query-migrate"))["sharded"]["guests"] < count:
+            while (info := self._query())["sharded"]["guests"] < count:
                 if info["status"] in OVER:
                     return
                 assert time.monotonic() < deadline, f"no {count} guests after {timeout:g} s"
                 time.sleep(0.002)
+
+    def _query(self) -> dict:
+        info = self._control.execute("query-migrate")
+        assert isinstance(info, dict), f"query-migrate: {info}"
+        return info
 
     def pause(self) -> None:
         """The wire is silent.  A migration whose guest does not run, nor begins to, is given up."""
