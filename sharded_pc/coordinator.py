@@ -38,7 +38,7 @@ from sharded_pc.settings import Settings
 from sharded_pc.shards import Shards
 from sharded_pc.state import MigrationStatus
 from sharded_pc.tenure import Tenure
-from sharded_pc.transport.incoming import Listener, listen
+from sharded_pc.transport.incoming import listen
 
 if TYPE_CHECKING:
     from sharded_pc.destination import QemuDestination
@@ -73,11 +73,8 @@ class Coordinator:
         self.memory: GuestMemory
         self.shards: Shards
         self.migration: Migration
-        self._huge_pages: HugePages
         self._attach: AttachServer | None = None
         self._qmp: QmpServer | None = None
-        self._guests: Guests
-        self._listener: Listener
         self.error: ShardedPcError | None = None
         self.resumes = False
         """a dead receiver's migration"""

@@ -230,8 +230,6 @@ class Messages:
         except KeyError:
             raise RemoteProtocolError(f"{what} unknown block {block!r}") from None
 
-    # A recovery
-
     def _recv_bitmap(self, event: events.RecvBitmap) -> None:
         index = self._index("RECV_BITMAP of", event.block)
         self.ram.drain()  # what is in the rings is here
@@ -241,8 +239,6 @@ class Messages:
         self._channels.post(return_path.resume_ack())
         self._receiver.listen()
         self._status(MigrationStatus.POSTCOPY_ACTIVE)
-
-    # The end
 
     def _eof(self, event: events.Eof) -> None:
         if self.ram is None:
