@@ -10,6 +10,7 @@ import resource
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,7 @@ from sharded_pc.native.guests import Guests
 from sharded_pc.shards import Shards, shard, watch
 from sharded_pc.testing.oracle import DIRTIED
 from sharded_pc.wire import writer
-from tests.guest_process import GuestProcess
+from tests.guest_process import GuestProcess, open_files
 from tests.qemu import wait_until
 from tests.synthetic import (
     BLOCKS,
@@ -318,6 +319,10 @@ def test_all_workers_at_once(tmp_path, unique_name):
     assert [shard["restarts"] for shard in info["sharded"]["shards"]] == [1, 1, 1]
 
 
+def userfaultfds(pid: int) -> int:
+    return sum("userfaultfd" in target for target in open_files(pid))
+
+
 @pytest.mark.usefixtures("blind")
 def test_at_the_end(tmp_path, unique_name):
     """It dies while it lets a guest go: a guest whose memory stayed registered would wait for ever
@@ -332,12 +337,16 @@ def test_at_the_end(tmp_path, unique_name):
         receiver.wait_received(TOTAL)
         shards = receiver.coordinator.memory.control.shards
         wait_until(lambda: not any(shard.queued for shard in shards()), "empty rings", WAIT_S)
-        stop(receiver.worker_pids()[1])
+        going, stopped = receiver.worker_pids()
+        before = userfaultfds(going)
+        stop(stopped)
         ending = Background(source.finish)
-        wait_until(receiver.coordinator._attach._over.is_set, "the end", WAIT_S)
+        wait_until(lambda: userfaultfds(going) < before, "the other worker's release", WAIT_S)
         kill(receiver)
         ending.result()
         receiver.finish()
+        flags = Path(f"/proc/{guest.pid}/smaps").read_text()
+        assert " um" not in flags and " ui" not in flags, "registered memory (proc(5), VmFlags)"
         assert guest.ask("wait") is True
         assert guest.ask("visit_all") == []
 
