@@ -24,6 +24,7 @@ ATTACH, CONTROL = "attach", "control"
 """Sockets of the receiver."""
 MONITOR, STREAM = "monitor", "stream"
 """Sockets of a destination QEMU."""
+REMOVALS = 3
 MIGRATION = "migration"
 """The demo's source connects there."""
 
@@ -91,9 +92,14 @@ def _why_unsafe(folder: Path) -> str | None:
 
 
 def remove(folder: Path) -> None:
-    """At a receiver's end; what somebody else has put there stays, and so does the folder."""
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+    """At a receiver's end; what somebody else has put there stays, and so does the folder.  A QEMU
+    that ends with us may still make its sockets: it cannot once the folder is gone."""
+    for _ in range(REMOVALS):
+        for socket in (folder / MONITOR, folder / STREAM):
+            socket.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+            return
 
 
 def clean(name: str) -> None:

@@ -17,6 +17,7 @@ from sharded_pc import cli, shm
 from sharded_pc.errors import UsageError
 from sharded_pc.geometry import Geometry, RamBlock
 from sharded_pc.memory import GuestMemory
+from sharded_pc.observe.status import migration_info
 from sharded_pc.printable import PrintableFormatter, printable
 from sharded_pc.shm import Segment
 from sharded_pc.state import MigrationStatus
@@ -152,3 +153,15 @@ def test_semaphores_are_nobodys_blocks(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(shm, "_looked_at", look)
     list(shm.receivers())
     assert looked == ["semi"]
+
+
+def test_a_question_while_the_memory_is_being_made(unique_name):
+    """The block list is published a moment before there are bitmaps to count in."""
+    memory = GuestMemory.create(unique_name, 1)
+    try:
+        memory.control.publish(Geometry.of((RamBlock("pc.ram", 1 << 20),), 1))
+        info = migration_info(unique_name, memory.control, [])
+        assert (info["blocks"], info["ram"]["total"]) == ([], 0)
+    finally:
+        memory.unlink()
+        memory.close()

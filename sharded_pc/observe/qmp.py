@@ -165,13 +165,16 @@ class QmpServer:
         while data := await reader.read(4096):
             client.heard = time.monotonic()
             splitter.feed(data)
-            try:
-                while (message := splitter.take()) is not None:
-                    client.send(self._answer(client, message))
-                    await client.drain()
-            except ValueError as error:
-                client.send({"error": {"class": "GenericError", "desc": str(error)}})
-                return
+            while True:
+                try:
+                    message = splitter.take()
+                except ValueError as error:
+                    client.send({"error": {"class": "GenericError", "desc": str(error)}})
+                    return
+                if message is None:
+                    break
+                client.send(self._answer(client, message))
+                await client.drain()
 
     def _answer(self, client: _Client, message: object) -> dict:
         reply: dict = {}

@@ -99,7 +99,8 @@ def migration_info(
     """`received` is the number of pages received for each block, [] before the block list; `huge`
     how much of the RAM is mapped by huge pages, `missing` what paused guests wait for, as
     [first page, pages] for each block, if the receiver knows."""
-    totals, shards, ram = control.totals, control.shards(), control.geometry
+    totals, shards = control.totals, control.shards()
+    ram = control.geometry if received else None  # it is published a moment before the bitmaps
     ended = totals.ended_ns or (now_ns() if totals.started_ns else 0)
     return {
         "status": control.status.value,

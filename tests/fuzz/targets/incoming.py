@@ -45,11 +45,15 @@ class _Memory:
             blocks=[SimpleNamespace(fd=fd) for fd in core._fds],
             geometry=core.geometry,
             received_pages=self.received_pages,
+            missing_pages=self.missing_pages,
         )
 
     def received_pages(self) -> list[int]:
         first = (self.core.control.block(index)[2] for index in range(len(BLOCKS)))
         return [self.core.received.count(at, b.pages) for at, b in zip(first, BLOCKS, strict=True)]
+
+    def missing_pages(self) -> int:
+        return sum(block.pages for block in BLOCKS) - sum(self.received_pages())
 
     def renew(self) -> None:
         control = self.core.control
