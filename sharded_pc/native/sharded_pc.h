@@ -3,6 +3,7 @@
 #define SHARDED_PC_H
 
 #include "../attach/guest/handle.h"
+#include "back/bitmaps.h"
 #include "back/return_path.h"
 #include "kernel/alias.h"
 #include "kernel/uffd.h"

@@ -1,5 +1,6 @@
 /* The return path: what it writes, and when it ends. */
 #define _GNU_SOURCE
+#include "back/bitmaps.h"
 #include "back/return_path.h"
 #include "shard/request.h"
 

@@ -113,7 +113,7 @@ typedef struct sp_control {
      * the return-path loop (SP_BACK_LOOP) and, if it is free, fault loops (shard + 1); seq_cst. */
     _Atomic uint32_t back_writer;
     /* There is no way back now: what is requested and not received is asked for when there is one
-     * again (return_path.h), so nobody needs to queue it.  Writer: coordinator; seq_cst, for it forms
+     * again (back/outstanding.h), so nobody needs to queue it.  Writer: coordinator; seq_cst, for it forms
      * a Dekker pair with `requested`. */
     _Atomic uint32_t back_lost;
     /* What a coordinator's successor needs (resume.py).  Writer: coordinator. */
