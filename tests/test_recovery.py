@@ -242,6 +242,8 @@ def test_a_stream_that_turns_to_rubbish_pauses(tmp_path, unique_name, rubbish):
         source.send_pages(0, DATA[:40])
         source._send(rubbish)
         control.wait_status("postcopy-paused")
+        wait_until(lambda: source.back.over, "the source to be hung up on", WAIT_S)
+        assert source.back.error is None, "it had to wait for its own timeout"
         with recovered(source, control, f"unix:{tmp_path / 'again'}"):
             source.end()
             assert receiver.finish()["status"] == "completed"
