@@ -60,8 +60,14 @@ class Recovery:
             raise UsageError("Migrate recover can only be run when postcopy is paused.")
         if isinstance(uri, FileAddress):
             raise UsageError(f"{uri}: a file has no way back to the source")
+        was_awaited = self._listener is not None
         self.close()  # it may be the same address
-        self._listener = listen(uri, recovers=True)
+        try:
+            self._listener = listen(uri, recovers=True)
+        except (HostError, UsageError):
+            if was_awaited:  # it is not any more
+                self._tell(MigrationStatus.POSTCOPY_PAUSED)
+            raise
         self._new_listener.set()
         log.warning("the source may go on at %s", self._listener.address)
         self._tell(MigrationStatus.POSTCOPY_RECOVER_SETUP)

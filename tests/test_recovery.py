@@ -213,6 +213,10 @@ def test_qemus_errors(tmp_path, unique_name):
         assert control.execute("query-migrate")["status"] == "postcopy-paused"
         for uri in (f"unix:{tmp_path}/one", "tcp:127.0.0.1:0", f"unix:{tmp_path}/one"):
             assert control.execute("migrate-recover", uri=uri) == {}, "another place instead"
+            assert control.execute("query-migrate")["status"] == "postcopy-recover-setup"
+        assert "No such" in control.execute("migrate-recover", uri=f"unix:{tmp_path}/no/where")
+        assert control.execute("query-migrate")["status"] == "postcopy-paused", "nobody is awaited"
+        assert control.execute("migrate-recover", uri=f"unix:{tmp_path}/one") == {}
         with contextlib.closing(connect(f"unix:{tmp_path}/one")) as sock:
             source.resume(sock)
             source.end()
