@@ -17,6 +17,7 @@ import pytest
 
 from sharded_pc import shm
 from sharded_pc.geometry import Placement
+from sharded_pc.shards import watch
 from tests.qemu import WaitTimeout, backports, wait_until
 from tests.qemu.backports import QemuBinary
 from tests.receiver import describe, marked_processes
@@ -189,3 +190,9 @@ def placement(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("tests.synthetic.PLACEMENT", request.param)
     monkeypatch.setattr("tests.receiver.PLACEMENT", ("--placement", request.param.value))
     return request.param
+
+
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks whether a worker is stopped: the test says when it dies."""
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 3600)
