@@ -26,7 +26,7 @@ from sharded_pc.errors import AttachError, ShardedPcError
 from sharded_pc.geometry import Placement
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.control import POOL_BYTES_PER_SHARD
-from sharded_pc.native.shard import Shard, allow_interrupts
+from sharded_pc.native.shard import Shard, allow_interrupts, end_with_parent
 from sharded_pc.native.uffd import Uffd
 
 MADV_NOHUGEPAGE = getattr(mmap, "MADV_NOHUGEPAGE", 15)
@@ -246,6 +246,7 @@ class _Process:
 def main(conn: Connection, name: str) -> None:
     """Entry of the process."""
     try:
+        end_with_parent()
         process = _Process(conn, name)
     except (ShardedPcError, OSError) as error:
         conn.send(("error", str(error)))

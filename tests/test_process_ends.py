@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from sharded_pc import cli
+from sharded_pc.observe.view import ReceiverView
 from tests.guest_process import GuestProcess, waits_for_page
 from tests.qemu import wait_until
 from tests.receiver import Receiver
@@ -259,3 +260,15 @@ def test_sockets_of_the_living_are_left_alone(tmp_path, new_name, capfd):
             assert guest.answer() is None
             outcome = living.finish()
     assert (outcome.exit_code, outcome.errors) == (0, [])
+
+
+def test_a_stopped_worker_does_not_outlive_its_coordinator(tmp_path, unique_name):
+    """It cannot see its pipe close."""
+    with Receiver(tmp_path, unique_name, keep=False) as receiver:
+        with ReceiverView(receiver.name) as view:
+            pids = [shard["pid"] for shard in view.info()["sharded"]["shards"]]
+        os.kill(receiver.pid, signal.SIGSTOP)  # else it would replace a stopped worker
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(receiver.pid, signal.SIGKILL)
+        wait_until(lambda: not set(receiver.processes()) & set(pids), "the workers' end", WAIT_S)
