@@ -18,6 +18,8 @@ SEEDS = (17, 22, 28, 103)
 """Many cuts, and workers killed, crashed and stopped."""
 WHOLE = 273
 """Whole receivers too."""
+STOPPED = 20103
+"""A coordinator crashes, and its successor is stopped for a while."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +41,14 @@ def test_a_guest_survives_its_receiver(placement):
     result, line = lane.one(WHOLE, victims=Victims.ALL, placement=placement)
     assert result.outcome == "completed", f"{line}\n{result.detail}"
     assert result.counts["coordinators"] == 2
+
+
+@pytest.mark.parametrize("placement", Placement)
+def test_a_guest_survives_a_coordinator_that_stands_still(placement):
+    result, line = lane.one(STOPPED, victims=Victims.ALL, placement=placement)
+    assert result.outcome == "completed", f"{line}\n{result.detail}"
+    assert result.counts["coordinators"] == 1
+    assert result.counts["stop"]
 
 
 def test_a_cut_before_the_switch_is_a_clean_failure():

@@ -28,7 +28,7 @@ END_SECONDS = 5.0
 class ChaosProxy:
     """Listens at `address` (tcp port 0: any) and connects to `target`, which may be another one for
     the next connection.  `plan(number)` is the weather of each connection, counted from 0;
-    `on_fault(number, fault)` hears on the proxy's thread what has just happened."""
+    `on_fault(number, fault)` hears on the proxy's thread what happens now."""
 
     def __init__(
         self,

@@ -88,7 +88,7 @@ class Pipe:
 
 
 class Relay:
-    """`near` is who connected, `far` whom it wanted.  `tell(fault)` hears what has happened."""
+    """`near` is who connected, `far` whom it wanted.  `tell(fault)` hears what happens now."""
 
     def __init__(
         self,
@@ -142,8 +142,8 @@ class Relay:
         """What is due now."""
         while not self.is_closed and self._until_fault(way) == 0:
             fault = self._faults[way].pop(0)
+            self._tell(fault)  # before anybody can feel it, and ask
             self._happen(fault, now)
-            self._tell(fault)
 
     def _happen(self, fault: Fault, now: float) -> None:
         match fault.kind:

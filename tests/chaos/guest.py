@@ -11,12 +11,13 @@ import dataclasses
 import os
 import random
 import threading
+import time
 from array import array
 from pathlib import Path
 
 import sharded_pc
 from sharded_pc import processes
-from sharded_pc.errors import ShardedPcError
+from sharded_pc.errors import AttachError, ShardedPcError
 from sharded_pc.geometry import PAGE_BYTES
 from sharded_pc.native import oracle
 from sharded_pc.testing.oracle import GUEST, PRECOPIED, PageOracle
@@ -25,6 +26,7 @@ THREADS = 2
 BATCH_PAGES = 32
 STEP_S = 20.0
 END_S = 5.0
+AGAIN_S = 0.01
 LOG = Path("build/chaos/guests.log")
 MARKS = range(GUEST, 200)
 
@@ -89,8 +91,7 @@ def _write_to(log: Path) -> None:
 def _migrate(task: Task) -> Report:
     """After a failure threads may still wait in memory that must stay mapped then."""
     try:
-        guest = sharded_pc.attach(task.attach, timeout=STEP_S, wait_ready=False)
-        guest.wait_ready(STEP_S)
+        guest = _attach(task.attach)
         visitors = [_Visitor(guest, task, thread) for thread in range(THREADS)]
         guest.wait(STEP_S * 2)
         report = _sum([visitor.end() for visitor in visitors])
@@ -98,6 +99,28 @@ def _migrate(task: Task) -> Report:
         return report
     except (ShardedPcError, OSError, BufferError) as error:
         return Report(failed=f"{type(error).__name__}: {error}")
+
+
+def _attach(path: str) -> sharded_pc.Guest:
+    """A guest that has touched nothing yet may be told that its receiver is gone; it comes again, as
+    there may be a successor."""
+    deadline = time.monotonic() + STEP_S
+    while True:
+        try:
+            return _attach_once(path)
+        except (AttachError, OSError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(AGAIN_S)
+
+
+def _attach_once(path: str) -> sharded_pc.Guest:
+    with contextlib.ExitStack() as undo:
+        guest = sharded_pc.attach(path, timeout=STEP_S, wait_ready=False)
+        undo.callback(guest.close)
+        guest.wait_ready(STEP_S)
+        undo.pop_all()
+        return guest
 
 
 def _sum(reports: list[Report]) -> Report:

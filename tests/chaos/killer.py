@@ -31,7 +31,7 @@ class Killer:
 
     def kill(self, kill: Kill) -> None:
         """Whoever it is now, if there is one."""
-        if kill.whom in (COORDINATOR, EVERYTHING):
+        if kill.whom in (COORDINATOR, EVERYTHING) and kill.signal != "STOP":
             self.has_killed_receiver = True
             self.coordinators += 1
         for pid in self._pids(kill.whom):

@@ -223,10 +223,9 @@ class Chaos:
     # The end
 
     def _judge(self) -> tuple[str, Report]:
-        broke = any(fault.kind in ENDS for _, fault in self.proxy.happened)
         if self._last_info is None:
-            outcome = self.receiver.finish(STEP_S)
-            info = verdict.told(outcome)
+            info = verdict.told(self.receiver.finish(STEP_S))
+            broke = any(fault.kind in ENDS for _, fault in self.proxy.happened)
         else:
             info, broke = self._last_info, True
         self.counts["restarts"] += sum(shard["restarts"] for shard in info["sharded"]["shards"])

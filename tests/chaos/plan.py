@@ -17,6 +17,7 @@ BREAKS = (0, 1, 1, 2, 2, 2, 3, 3, 4, 5)
 """How many times the connection breaks."""
 KILLS = (0, 1, 2, 2, 3, 3, 4)
 COORDINATOR_KILLS = (0, 1, 1, 2)
+COORDINATOR_SIGNALS = ("KILL", "KILL", "SEGV", "SEGV", "STOP")
 SIGNALS = ("KILL", "KILL", "KILL", "SEGV", "STOP", "STOP")
 ENDS = (Kind.CUT, Kind.CUT, Kind.CUT, Kind.RESET, Kind.RESET, Kind.SILENCE)
 MISTAKES = ("nonsense", "nowhere", "elsewhere", "stranger", "knock")
@@ -202,15 +203,24 @@ class _Legs:
         )
 
     def kill_coordinators(self, legs: list[Leg], kills: int) -> list[Leg]:
-        """Each takes its connection along, so there is another one behind it."""
+        """Each takes its connection along, so there is another one behind it; but who is stopped
+        goes on where it was."""
         draw = self._draw
         for _ in range(kills):
             number = draw.randrange(len(legs))
-            kill = Kill(draw.choice((COORDINATOR, EVERYTHING)), draw.choice(("KILL", "SEGV")))
             start = self._switch if number == 0 else 0
+            kill = self._coordinator_kill()
             legs[number] = self._with_kill(legs[number], start, kill)
-            legs.insert(number + 1, self._leg())
+            if kill.signal != "STOP":
+                legs.insert(number + 1, self._leg())
         return legs
+
+    def _coordinator_kill(self) -> Kill:
+        draw = self._draw
+        whom, signal = draw.choice((COORDINATOR, EVERYTHING)), draw.choice(COORDINATOR_SIGNALS)
+        if signal == "STOP":
+            return Kill(COORDINATOR, signal, draw.uniform(0.01, 0.5))
+        return Kill(whom, signal)
 
     def _kill(self) -> Kill:
         draw = self._draw
