@@ -102,8 +102,8 @@ def _migrate(task: Task) -> Report:
 
 
 def _attach(path: str) -> sharded_pc.Guest:
-    """A guest that has touched nothing yet may be told that its receiver is gone; it comes again, as
-    there may be a successor."""
+    """Who has touched nothing yet may be told that the receiver is gone: it comes again, as there
+    may be a successor."""
     deadline = time.monotonic() + STEP_S
     while True:
         try:
