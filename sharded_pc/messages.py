@@ -55,6 +55,10 @@ class Receiver(Protocol):
     def configured(self, machine: str) -> None:
         """The source's machine type."""
 
+    @property
+    def acks_switchover(self) -> bool:
+        """Once that is known: the source waits for a SWITCHOVER_ACK."""
+
     def load_devices(self, data: bytes) -> Future | None:
         """Starts a destination's loading of device state; None if nobody loads it.  The stream
         goes on meanwhile."""
@@ -115,7 +119,7 @@ class Messages:
 
     def go_on(self) -> None:
         """Before the messages of a recovery: the blocks are known and guests run."""
-        self._open_return_path(events.OpenReturnPath())
+        self._use_return_path()
         self.ram = _ram_reader(self._memory, self._stream, self._receiver, self._stop)
         self.ram.enter_postcopy()
 
@@ -165,6 +169,11 @@ class Messages:
         self._control.note_transferred(self._stream.offset)
 
     def _open_return_path(self, event: events.OpenReturnPath) -> None:
+        self._use_return_path()
+        if self._receiver.acks_switchover:  # no device here has a word in it
+            self._channels.post(return_path.switchover_ack())
+
+    def _use_return_path(self) -> None:
         self._has_return_path = True
         self._channels.open_return_path()
 

@@ -33,6 +33,7 @@ from sharded_pc.populate import Populator
 from sharded_pc.settings import Settings
 from sharded_pc.shards import Shards
 from sharded_pc.state import MigrationStatus
+from sharded_pc.wire.machine import awaits_switchover_ack
 
 if TYPE_CHECKING:
     from sharded_pc.destination import QemuDestination
@@ -128,6 +129,10 @@ class Migration:
 
     def configured(self, machine: str) -> None:
         self._machine = machine
+
+    @property
+    def acks_switchover(self) -> bool:
+        return self._settings.switchover_ack and awaits_switchover_ack(self._machine)
 
     def status_changed(self, status: MigrationStatus) -> None:
         self.loop.call_soon_threadsafe(self._on_status, status)

@@ -28,6 +28,8 @@ class Settings:
     comes to `incoming`"""
     recover_uri: Address | None = None
     """where the source of a paused migration may come again, unasked"""
+    switchover_ack: bool = False
+    """the source's capability of this name is on: it is told that it may switch"""
     record: str | None = None
     keep: bool = False
     reserve: bool = False

@@ -78,9 +78,8 @@ _WRONG_LENGTHS = {
     Cmd.SWITCHOVER_START: ("0", 2),
 }
 _RECOVERY = "a recovery of a paused migration, which this receiver is not in"
-_CANNOT_SKIP = (
-    "cannot be skipped: its length is not in the stream; start the source without that device"
-)
+_LENGTHLESS = "cannot be skipped: its length is not in the stream; "
+_CANNOT_SKIP = f"{_LENGTHLESS}start the source without that device"
 
 
 def _package(blob: bytes) -> bytes:
@@ -117,6 +116,19 @@ BAD = (
          "65 capabilities, expected at most 64"),
         ("START of a device", start("slirp", 4, 3),
          f"section of device 'slirp' (instance 3) {_CANNOT_SKIP}"),
+        ("START of dirty bitmaps", start("dirty-bitmap"),
+         f"section of device 'dirty-bitmap' (instance 0) {_LENGTHLESS}"
+         f"turn the source's dirty-bitmaps capability off"),
+        ("START of block migration", start("block"),
+         f"section of device 'block' (instance 0) {_LENGTHLESS}"
+         f"turn the source's block capability off, storage is migrated apart"),
+        ("START of VFIO", start("0000:00:02.0/vfio"),
+         f"section of device '0000:00:02.0/vfio' (instance 0) {_LENGTHLESS}"
+         f"unplug that passed-through device at the source before the migration"),
+        ("virtio-mem before RAM", w.full_section(3, "0000:00:03.0/virtio-mem-device-early", b""),
+         f"state of device '0000:00:03.0/virtio-mem-device-early' (section 3) before the end of "
+         f"RAM {_LENGTHLESS}the memory it has plugged is not in the stream; use pc-dimm at the "
+         f"source"),
         ("START without a name", section(Section.START, 7, b"\0"), "section with an empty name"),
         ("ram of version 3", start("ram", 3),
          "section 'ram' with version 3, expected one of version 4"),

@@ -330,6 +330,8 @@ class LoneReceiver:
         for worker in self._workers:
             worker.listen()
 
+    acks_switchover = False
+
     def configured(self, machine: str) -> None: ...
 
     def load_devices(self, data: bytes) -> None: ...

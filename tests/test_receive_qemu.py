@@ -106,6 +106,25 @@ def check_touched(source: QemuVm, touched: dict[int, bytes], least: int) -> None
     assert len(touched) >= least and wrong == []
 
 
+class TestSwitchoverAck:
+    """The source waits for the destination's word (QEMU 8.1 and newer)."""
+
+    @pytest.mark.parametrize("postcopy", [True, False])
+    def test_it_switches(self, tmp_path, unique_name, newer, postcopy):
+        with (
+            booted(tmp_path, newer) as source,
+            Receiver(tmp_path, unique_name, None, "--switchover-ack") as receiver,
+        ):
+            source.set_capabilities(switchover_ack=True, return_path=True)
+            rate = 4 * MIB if postcopy else 1024 * MIB
+            begin_precopy(source, receiver.uri(), postcopy=postcopy, rate=rate)
+            if postcopy:
+                switch(source)
+            else:
+                source.set_parameters(downtime_limit=2000)
+            check_equal(source, receiver, receiver.finish(), requests=False)
+
+
 class TestPostcopy:
     @pytest.mark.parametrize(
         ("machine", "options"),

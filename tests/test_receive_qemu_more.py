@@ -323,6 +323,19 @@ class TestRefusals:
                     switch(source)
                 check_refused(source, receiver, 4, "postcopy-preempt", timeout=5)
 
+    def test_switchover_ack_without_the_option(self, tmp_path, unique_name, newer):
+        """The source does not switch; its guest goes on, and the receiver can be told to end."""
+        with booted(tmp_path, newer) as source:
+            source.set_capabilities(switchover_ack=True, return_path=True)
+            with Receiver(tmp_path, unique_name) as receiver:
+                begin_precopy(source, receiver.uri(), rate=1024 * MIB)
+                source.set_parameters(downtime_limit=2000)
+                wait_ram(source, "dirty-sync-count", 5)  # it has sent everything, again and again
+                assert source.query_migrate()["status"] == "active"
+                receiver.signal(signal.SIGTERM)
+                assert receiver.finish().exit_code == 143
+            source.wait_migration("failed")
+
     def test_x_ignore_shared(self, tmp_path, unique_name, binary):
         with booted(tmp_path, binary) as source:
             source.set_capabilities(x_ignore_shared=True)

@@ -15,6 +15,7 @@ from sharded_pc.wire import return_path as rp
 from sharded_pc.wire import writer
 from sharded_pc.wire.constants import Cmd
 from sharded_pc.wire.feed import Feed, read_stream
+from sharded_pc.wire.machine import awaits_switchover_ack
 from sharded_pc.wire.reader import StreamReader
 from tests import stream_cases as cases
 from tests.bad_stream_cases import BAD, Bad
@@ -235,14 +236,35 @@ def test_a_received_bitmap_as_qemu_writes_it() -> None:
     )
     assert rp.recv_bitmap("ab", BITMAP) == want
     assert rp.resume_ack() == bytes.fromhex("0006 0004 00000001")
+    assert rp.switchover_ack() == bytes.fromhex("0007 0000")
 
 
 def test_the_source_reads_bitmaps_in_any_pieces() -> None:
-    raw = rp.pong(1) + rp.recv_bitmap("ab", BITMAP) + rp.resume_ack()
+    raw = rp.pong(1) + rp.recv_bitmap("ab", BITMAP) + rp.resume_ack() + rp.switchover_ack()
     for pieces in cuts(raw):
         feed = Feed(rp.messages())
         got = [message for piece in pieces for message in feed.feed(piece)]
-        assert got == [rp.Pong(1), rp.RecvBitmap("ab", BITMAP), rp.ResumeAck(1)]
+        assert got == [
+            rp.Pong(1), rp.RecvBitmap("ab", BITMAP), rp.ResumeAck(1), rp.SwitchoverAck()
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("machine", "awaits"),
+    {
+        "pc-i440fx-8.1": True,
+        "pc-q35-10.0": True,
+        "pc-q35-11.0": True,
+        "pc-q35-11.1": False,
+        "pc-i440fx-12.0": False,
+        "virt-9.2": True,
+        "microvm": True,
+        "pc-q35-rhel9.6.0": True,
+    }.items(),
+)
+def test_whose_switch_is_acknowledged(machine, awaits) -> None:
+    """From machine types 11.1 on devices acknowledge for themselves (facts of 2026-11, A5)."""
+    assert awaits_switchover_ack(machine) is awaits
 
 
 def resumed(raw: bytes, ram_id: int = writer.RAM_SECTION) -> list:

@@ -63,6 +63,11 @@ def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URI",
         help="where the source of a paused migration may come again, without migrate-recover",
     )
+    parser.add_argument(
+        "--switchover-ack",
+        action="store_true",
+        help="the source's capability switchover-ack is on: tell it that it may switch",
+    )
     parser.add_argument("--record", metavar="FILE", help="write the stream down as it comes")
     parser.add_argument(
         "--keep", action="store_true", help="leave the RAM in shared memory on exit"
@@ -112,6 +117,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         attach=args.attach or runtime_path(name, ATTACH),
         control=args.control or runtime_path(name, CONTROL),
         recover_uri=recover_uri(args.recover_uri),
+        switchover_ack=args.switchover_ack,
         record=args.record,
         keep=args.keep,
         reserve=args.reserve,

@@ -19,6 +19,14 @@ from sharded_pc.wire.steps import TELL, Parser, Some, counted_text, number, text
 
 _KINDS = {Section.START: "setup", Section.PART: "part", Section.END: "end"}
 _RECOVERY = {events.RecvBitmap: "RECV_BITMAP", events.PostcopyResume: "POSTCOPY_RESUME"}
+_REMEDIES = {
+    "dirty-bitmap": "turn the source's dirty-bitmaps capability off",
+    "block": "turn the source's block capability off, storage is migrated apart",
+    "vfio": "unplug that passed-through device at the source before the migration",
+    "virtio-mem-device-early": "the memory it has plugged is not in the stream; use pc-dimm at the "
+    "source",
+}
+"""Sections that a guest's owner can do without."""
 _REFUSED_CAPABILITIES = {
     "x-ignore-shared": "its shared blocks would not be sent",
     "mapped-ram": "its pages are not in the stream",
@@ -149,7 +157,7 @@ class StreamReader:
         if name != "ram":
             raise RemoteProtocolError(
                 f"section of device {name!r} (instance {instance}) cannot be skipped: its length "
-                f"is not in the stream; start the source without that device"
+                f"is not in the stream; {_remedy(name)}"
             )
         if version != c.RAM_SECTION_VERSION or self._ram_id is not None:
             why = "a second time" if self._ram_id is not None else f"with version {version}"
@@ -187,7 +195,7 @@ class StreamReader:
             name = yield from counted_text("section")
             raise RemoteProtocolError(
                 f"state of device {name!r} (section {section}) before the end of RAM cannot be "
-                f"skipped: its length is not in the stream; start the source without that device"
+                f"skipped: its length is not in the stream; {_remedy(name)}"
             )
         devices, description = yield from _until_description(bytes([kind]))
         yield events.Devices(devices)
@@ -195,6 +203,11 @@ class StreamReader:
         if description is not None:
             yield events.VmDescription(description)
         return True
+
+
+def _remedy(name: str) -> str:
+    """`name` is a section's, behind the device's path: 0000:00:02.0/vfio."""
+    return _REMEDIES.get(name.rpartition("/")[2], "start the source without that device")
 
 
 def _configuration() -> Parser:

@@ -49,6 +49,11 @@ def resume_ack() -> bytes:
     return message(Rp.RESUME_ACK, struct.pack(">I", RESUMED))
 
 
+def switchover_ack() -> bytes:
+    """The source may stop its guest and switch."""
+    return message(Rp.SWITCHOVER_ACK, b"")
+
+
 def recv_bitmap(block: str, words: bytes) -> bytes:
     """Recovery: the received bits of a block, in little-endian 8-byte words (the receiver's own are
     written in C, native/back/return_path.c)."""
@@ -86,6 +91,11 @@ class ResumeAck:
     value: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class SwitchoverAck:
+    pass
+
+
 _LENGTHS = {
     Rp.SHUT: range(4, 5),
     Rp.PONG: range(4, 5),
@@ -93,6 +103,7 @@ _LENGTHS = {
     Rp.REQ_PAGES: range(12, 13),
     Rp.RECV_BITMAP: range(2, 1 + 256),
     Rp.RESUME_ACK: range(4, 5),
+    Rp.SWITCHOVER_ACK: range(1),
 }
 """Payload bytes of the messages that a source reads here."""
 
@@ -127,8 +138,8 @@ def _bitmap(payload: bytes) -> Parser:
 
 
 def messages() -> Parser:
-    """Parser of a return path as a source sees it: Shut, Pong, ReqPages, RecvBitmap, ResumeAck for
-    ever."""
+    """Parser of a return path as a source sees it: Shut, Pong, ReqPages, RecvBitmap, ResumeAck and
+    SwitchoverAck for ever."""
     block: str | None = None
     while True:
         kind = yield from number(2)
@@ -144,6 +155,8 @@ def messages() -> Parser:
                 yield Pong(int.from_bytes(payload, "big"))
             case Rp.RESUME_ACK:
                 yield ResumeAck(int.from_bytes(payload, "big"))
+            case Rp.SWITCHOVER_ACK:
+                yield SwitchoverAck()
             case Rp.RECV_BITMAP:
                 yield (yield from _bitmap(payload))
             case Rp.REQ_PAGES_ID | Rp.REQ_PAGES:
