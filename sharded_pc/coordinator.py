@@ -193,7 +193,7 @@ class Coordinator:
             if self.resumes:
                 self._on_listening(None)
                 tell_started(self.settings.status_fd)
-                self.shards.keep_spare()
+                self.shards.keep_spares()
                 await self.migration.resume()
             else:
                 await self.migration.receive(await self._connected(), self._record_fd)
@@ -205,7 +205,7 @@ class Coordinator:
     async def _connected(self) -> Connection:
         self._on_listening(self._listener.address)
         tell_started(self.settings.status_fd)
-        self.shards.keep_spare()
+        self.shards.keep_spares()
         wire = await self._ending.unless_over(self._listener.accept())
         return Connection(wire, self._listener, self.memory, self._ending)
 

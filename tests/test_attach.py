@@ -285,7 +285,9 @@ def descriptor_counts(receiver: Receiving) -> list[int]:
 
 def annoy(receiver: Receiving, *, geometry: bool = True) -> None:
     """All bad clients; the receiver keeps none of their descriptors."""
-    wait_until(lambda: receiver.coordinator.shards.spare_pid, "the spare worker", WAIT_S)
+    shards = receiver.coordinator.shards
+    count = len(receiver.worker_pids())
+    wait_until(lambda: len(shards.spare_pids) == count, "the spare workers", WAIT_S)
     before, attached = descriptor_counts(receiver), guests(receiver)
     assert refusals(receiver, GREETINGS) == {}
     if geometry:

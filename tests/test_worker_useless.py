@@ -1,4 +1,4 @@
-"""Workers that live and are of no use, that die again and again, and the spare that follows."""
+"""Workers that live and are of no use, and that die again and again."""
 
 from __future__ import annotations
 
@@ -258,43 +258,13 @@ def test_no_process_can_be_started(unique_name):
             most = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), most[1]))
             os.kill(shards.pids()[1], signal.SIGKILL)
-            shards.keep_spare()
+            shards.keep_spares()
             await troubled.until(lambda: bool(troubled.trouble))
             resource.setrlimit(resource.RLIMIT_NOFILE, most)
             assert str(troubled.trouble[0]) == "start a worker for shard 1: Too many open files"
-            assert shards.spare_pid is None
+            assert shards.spare_pids == []
             shards.revive()
             await shards.tell("geometry")
             assert troubled.restarts() == 1
-
-    asyncio.run(main())
-
-
-def test_the_spare_is_the_successor_and_another_one_follows(unique_name):
-    async def main() -> None:
-        async with Troubled(unique_name) as troubled:
-            shards = troubled.shards
-            assert shards.spare_pid is None, "the start is not made slower"
-            shards.keep_spare()
-            spare = shards.spare_pid
-            os.kill(shards.pids()[1], signal.SIGKILL)
-            await troubled.until(lambda: troubled.restarts() == 1)
-            assert shards.pids()[1] == spare
-            assert shards.spare_pid not in (None, spare)
-
-    asyncio.run(main())
-
-
-def test_a_spare_that_dies_is_replaced(unique_name, monkeypatch):
-    monkeypatch.setattr("sharded_pc.shards.roster.SPARE_AGAIN_SECONDS", 0.01)
-
-    async def main() -> None:
-        async with Troubled(unique_name) as troubled:
-            shards = troubled.shards
-            shards.keep_spare()
-            spare = shards.spare_pid
-            os.kill(spare, signal.SIGKILL)
-            await troubled.until(lambda: shards.spare_pid not in (None, spare))
-            assert not troubled.trouble and troubled.restarts() == 0
 
     asyncio.run(main())

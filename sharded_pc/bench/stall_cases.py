@@ -118,6 +118,8 @@ class WorkerKilled(Case):
     signo = signal.SIGKILL
     pause_seconds = DEATHS_SECONDS / (DEATHS_MOST - 1) + 0.1
     """between two deaths of a shard, so that it is not given up"""
+    spare_seconds = 0.5
+    """they start one after the other"""
 
     def __init__(self, scene: Scene) -> None:
         super().__init__(scene)
@@ -134,13 +136,13 @@ class WorkerKilled(Case):
             os.kill(shards[victim]["pid"], self.signo)
 
     def mend(self) -> None:
-        """The successors serve, and the next spare has had time to start."""
+        """The successors serve, and the next spares have had time to start."""
         deadline = time.monotonic() + RECOVER_SECONDS
         while sum(shard["restarts"] for shard in self.scene.shards()) < self._expected:
             if time.monotonic() > deadline:
                 raise GuestLost("a lost worker got no successor")
             time.sleep(0.001)
-        time.sleep(self.pause_seconds)
+        time.sleep(max(self.pause_seconds, self.spare_seconds * self.scene.workers))
 
 
 class WorkerStopped(WorkerKilled):
@@ -151,7 +153,7 @@ class WorkerStopped(WorkerKilled):
 
 
 class WorkersKilled(WorkerKilled):
-    """All at once: there is one spare."""
+    """All at once."""
 
     name = "workers-killed"
 

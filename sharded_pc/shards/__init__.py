@@ -1,7 +1,7 @@
 """The shards of one receiver as the coordinator sees them.
 
 ``process.py``   one worker process: tell, kill, notice its end
-``roster.py``    all of them, and a spare
+``roster.py``    all of them, and spares
 ``watch.py``     finds those that live and do not go on
 ``shard.py``     one shard, which outlives its workers: succession
 """
@@ -34,7 +34,7 @@ class Shards:
         self.on_trouble: Callable[[ShardError], None] = lambda error: None
         self.on_guest_trouble: Callable[[int, str], None] = lambda slot, text: None
         self._control = memory.control
-        self._roster = Roster(memory.name)
+        self._roster = Roster(memory.name, count)
         self._shards = [Shard(index, memory.control, self._roster) for index in range(count)]
         for shard in self._shards:
             shard.on_restart = lambda: self.on_restart()
@@ -48,13 +48,14 @@ class Shards:
         """Every shard has a worker; ShardError."""
         await _all(shard.present() for shard in self._shards)
 
-    def keep_spare(self) -> None:
-        """From now on a worker's successor waits for its death."""
-        self._roster.keep_spare()
+    def keep_spares(self) -> None:
+        """From now on workers' successors wait for their death."""
+        self._roster.keep_spares()
 
     @property
-    def spare_pid(self) -> int | None:
-        return None if self._roster.spare is None else self._roster.spare.pid
+    def spare_pids(self) -> list[int]:
+        """Of those that are ready."""
+        return [process.pid for process in self._roster.spares]
 
     def pids(self) -> list[int]:
         """Of each shard's worker, the last one where there is none now."""

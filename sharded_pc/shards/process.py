@@ -113,7 +113,7 @@ class ShardProcess:
                 answer.set_exception(self.error)
 
     def _obituary(self, exitcode: int | None) -> str:
-        whose = "the spare worker" if self.index is None else f"the worker of shard {self.index}"
+        whose = "a spare worker" if self.index is None else f"the worker of shard {self.index}"
         who = f"{whose} (pid {self.pid})"
         if self._reason:
             return f"{who} was ended: {self._reason}"
@@ -134,6 +134,12 @@ class ShardProcess:
         with contextlib.suppress(ChildProcessError):
             return self.error is None and os.waitid(os.P_PID, self.pid, what) is not None
         return False
+
+    @property
+    def is_ready(self) -> bool:
+        """It may be told something at once."""
+        answer = self._ready
+        return self.error is None and answer.done() and answer.exception() is None
 
     async def ready(self) -> None:
         """Returns when it may be told something; ShardError."""

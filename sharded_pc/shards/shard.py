@@ -128,7 +128,7 @@ class Shard:
             self._control.note_restart(self.index)
             self.on_restart()
             log.warning("shard %d is served by a new worker (pid %d)", self.index, process.pid)
-            self._roster.refill()
+        self._roster.serves(process)
 
     def _on_end(self, process: ShardProcess) -> None:
         """Nobody touches the shard's memory any more."""
@@ -152,6 +152,7 @@ class Shard:
         error = ShardError(why)
         self._control.note_failed(self.index, failed=True)
         self._end_present(error)
+        self._roster.refill()
         self.on_trouble(error)
 
     def _end_present(self, error: ShardError) -> None:

@@ -41,7 +41,7 @@ class Kill:
     """A signal; a worker that was stopped goes on after `stopped_s`, or is left."""
 
     whom: int | str
-    """a shard's worker, ALL of them at once, SPARE, who waits for the day it is needed, the
+    """a shard's worker, ALL of them at once, SPARE, all that wait for the day they are needed, the
     COORDINATOR, or EVERYTHING of a receiver"""
     signal: str
     stopped_s: float | None = None
