@@ -35,6 +35,16 @@ def is_alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
+def thread_state(pid: int, thread: int) -> str:
+    """A letter of proc(5): R runs or wants to, D is at work in the kernel, S sleeps, t is held by a
+    debugger; "" if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/task/{thread}/stat").read_text()
+    except OSError:
+        return ""
+    return stat.rpartition(")")[2].split()[0]
+
+
 def start(
     target: Callable, *args: object, name: str, daemon: bool = False
 ) -> tuple[BaseProcess, Connection]:

@@ -7,8 +7,8 @@ cannot be placed, which it reports first.
 
 It starts without a shard, so that it can be started ahead of the need for it; the first message
 says which shard it is.  Messages are tuples: the coordinator sends (word, *arguments) and gets
-("ok", ...) or ("error", text) for each; ("broken", text) and ("guest-broken", slot, text) come
-unasked.
+("ok", ...) or ("error", text) for each; ("placing", thread), ("broken", text) and
+("guest-broken", slot, text) come unasked.
 """
 
 from __future__ import annotations
@@ -83,10 +83,12 @@ class ShardWorker:
         for index, block in enumerate(memory.blocks):
             self._shard.add_block(index, block.map if self._uffd else None, block.fd)
 
-    def start_placing(self) -> None:
-        """Serves the coordinator's rings on a thread of its own."""
+    def start_placing(self) -> int:
+        """Serves the coordinator's rings on a thread of its own; the kernel's number of it."""
         self._placing = threading.Thread(target=self._place, name="placement")
         self._placing.start()
+        assert self._placing.native_id is not None
+        return self._placing.native_id
 
     def _place(self) -> None:
         try:
@@ -207,7 +209,7 @@ class _Process:
 
         def geometry() -> None:
             worker.geometry()
-            worker.start_placing()
+            self.send("placing", worker.start_placing())
 
         def listen(wire: bool = False) -> None:
             """With `wire` its descriptor follows on the pipe."""

@@ -100,8 +100,9 @@ def placement_thread(pid: int) -> int:
     return sorted(int(tid) for tid in os.listdir(f"/proc/{pid}/task"))[1]
 
 
-def test_a_hang(tmp_path, unique_name):
-    """Its placement loop stands still while the process looks well."""
+def test_a_hang(tmp_path, unique_name, caplog):
+    """Its placement loop stands still while the process looks well: in the time that a guest may
+    wait, in looks that were made."""
     with (
         Receiving(tmp_path, unique_name) as receiver,
         GuestProcess() as guest,
@@ -113,44 +114,82 @@ def test_a_hang(tmp_path, unique_name):
         wait_restarts(receiver, 1)
         held.end()
         complete(receiver, source, guest)
+    assert "it hung, no sign of life for 0.2 s" in caplog.text
 
 
 class Looked:
-    """What Watch sees of a process."""
+    """What Watch sees of a process, and of its placement loop."""
 
-    def __init__(self, *, stopped: bool = False) -> None:
-        self.index, self.places, self.stopped, self.reason = 0, True, stopped, ""
+    def __init__(self, *, stopped: bool = False, asleep: bool = True) -> None:
+        self.index, self.placing, self.stopped, self.asleep = 0, 1, stopped, asleep
+        self.reason = ""
+        self.count, self.nudged = 0, 0
 
     def is_stopped(self) -> bool:
         return self.stopped
 
+    def sleeps(self) -> bool:
+        return self.asleep
+
     def kill(self, reason: str) -> None:
-        self.reason = reason
+        self.reason = self.reason or reason
+
+    def beats(self, index: int) -> int:
+        return self.count
+
+    def nudge(self, index: int) -> None:
+        self.nudged += 1
 
 
-LOOKS = round(watch.HANG_SECONDS / watch.LOOK_SECONDS)
+def looked_at(process: Looked, seconds: float, beats: int = 0) -> Looked:
+    """Has beaten first."""
+    watching = watch.Watch(lambda: [process], process)
+    watching.look(late=0.0)
+    process.count += 1
+    for _ in range(round(seconds / watch.LOOK_SECONDS) + 1):
+        watching.look(late=0.0)
+        process.count += beats
+    return process
 
 
 def test_who_is_late_himself_blames_nobody():
     """A coordinator that was stopped, or did not get the processor, has not looked meanwhile."""
     silent, stopped = Looked(), Looked(stopped=True)
-    watching = watch.Watch(lambda: [silent, stopped], lambda index: 5)
-    for _ in range(LOOKS // 2):
-        watching.look(late=30.0)
+    watching = watch.Watch(lambda: [silent, stopped], silent)
+    watching.look(late=30.0)
+    silent.count = 1
+    watching.look(late=30.0)
     assert (silent.reason, stopped.reason) == ("", "")
     watching.look(late=0.1)
     assert "SIGSTOP" in stopped.reason and not silent.reason
-    for _ in range(LOOKS):
+    for _ in range(4):
         watching.look(late=0.0)
     assert "hung" in silent.reason
 
 
 def test_a_beat_is_a_sign_of_life():
-    beats, process = iter(range(10 * LOOKS)), Looked()
-    watching = watch.Watch(lambda: [process], lambda index: next(beats))
-    for _ in range(5 * LOOKS):
+    assert not looked_at(Looked(), 5 * watch.BUSY_SECONDS, beats=1).reason
+
+
+def test_who_sleeps_on_when_woken_hangs():
+    """Noticed in time: a guest must not wait for more than 0.3 s."""
+    assert not looked_at(Looked(), watch.NUDGE_SECONDS).reason
+    hung = looked_at(Looked(), watch.HANG_SECONDS)
+    assert hung.nudged == 1 and hung.reason == "it hung, no sign of life for 0.2 s"
+
+
+def test_who_wants_to_run_is_given_time():
+    """It lacks the processor, or is at work in the kernel."""
+    assert not looked_at(Looked(asleep=False), watch.BUSY_SECONDS - watch.LOOK_SECONDS).reason
+    assert looked_at(Looked(asleep=False), watch.BUSY_SECONDS).reason
+
+
+def test_who_has_never_beaten_is_given_time():
+    new = Looked()
+    watching = watch.Watch(lambda: [new], new)
+    for _ in range(round(watch.HANG_SECONDS / watch.LOOK_SECONDS) * 2):
         watching.look(late=0.0)
-    assert not process.reason
+    assert not new.reason
 
 
 # --- those that die again and again ---

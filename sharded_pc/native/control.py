@@ -226,6 +226,10 @@ class Control:
         """A number that changes while the shard's placement loop goes on, at least every 0.1 s."""
         return lib.sp_shard_beats(self.raw, index)
 
+    def nudge(self, index: int) -> None:
+        """A worker that sleeps gives a sign of life."""
+        lib.sp_nudge(self.raw, index)
+
     def note_guest(self, slot: int, pid: int) -> None:
         """The process that is attached there; 0: it has left."""
         lib.sp_note_guest(self.raw, slot, pid)

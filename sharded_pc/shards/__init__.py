@@ -41,7 +41,7 @@ class Shards:
             shard.on_trouble = lambda error: self.on_trouble(error)
             shard.on_guest_trouble = lambda slot, text: self.on_guest_trouble(slot, text)
         self._fds: dict[str, int] = {}
-        watch = Watch(lambda: self._roster.living, memory.control.beats)
+        watch = Watch(lambda: self._roster.living, memory.control)
         self._watching = asyncio.create_task(watch.run())
 
     async def ready(self) -> None:

@@ -33,8 +33,8 @@ class ShardProcess:
 
     def __init__(self, memory_name: str) -> None:
         self.index: int | None = None
-        self.places = False
-        """its placement loop runs"""
+        self.placing = 0
+        """the thread of its placement loop, 0: none runs yet"""
         self.done: set[Step] = set()
         self.error: WorkerDied | None = None
         self.on_end: Callable[[ShardProcess], None] = lambda process: None
@@ -81,6 +81,8 @@ class ShardProcess:
             return False
         if word == "broken":
             self.kill(rest[0])
+        elif word == "placing":
+            self.placing = rest[0]
         elif word == "guest-broken":
             self.on_guest_trouble(*rest)
         else:
@@ -135,6 +137,10 @@ class ShardProcess:
             return self.error is None and os.waitid(os.P_PID, self.pid, what) is not None
         return False
 
+    def sleeps(self) -> bool:
+        """Its placement loop neither runs, nor wants to, nor is at work in the kernel."""
+        return processes.thread_state(self.pid, self.placing) not in ("R", "D")
+
     @property
     def is_ready(self) -> bool:
         """It may be told something at once."""
@@ -171,7 +177,6 @@ class ShardProcess:
 
     async def do(self, step: Step) -> None:
         await self.tell(step.word, *step.arguments, fd=step.fd)
-        self.places = self.places or step.word == "geometry"
         self.done.add(step)
 
     async def stop(self) -> None:

@@ -142,6 +142,11 @@ uint32_t sp_shard_beats(const sp_control *c, uint32_t index)
     return LOOK(c->shards[index].beats);
 }
 
+void sp_nudge(sp_control *c, uint32_t index)
+{
+    sp_bell_ring(&c->shards[index].work);
+}
+
 void sp_note_guest(sp_control *c, uint32_t slot, uint32_t pid)
 {
     uint32_t before = atomic_exchange(&c->guests[slot], pid);

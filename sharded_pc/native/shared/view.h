@@ -51,6 +51,8 @@ void sp_note_restart(sp_control *c, uint32_t index);
 /* Whether somebody will place this shard's pages: whoever waits for that ends if not. */
 void sp_note_failed(sp_control *c, uint32_t index, int failed);
 uint32_t sp_shard_beats(const sp_control *c, uint32_t index);
+/* Wakes the shard's placement loop, which beats then, if it waits for work. */
+void sp_nudge(sp_control *c, uint32_t index);
 void sp_note_back_lost(sp_control *c);
 void sp_note_ram_section(sp_control *c, uint32_t number);
 void sp_note_destination(sp_control *c, uint32_t pid, uint64_t start);
