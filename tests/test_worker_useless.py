@@ -124,11 +124,13 @@ class Looked:
         self.index, self.placing, self.stopped, self.asleep = 0, 1, stopped, asleep
         self.reason = ""
         self.count, self.nudged = 0, 0
+        self.on_question: Callable[[], None] = lambda: None
 
     def is_stopped(self) -> bool:
         return self.stopped
 
     def sleeps(self) -> bool:
+        self.on_question()
         return self.asleep
 
     def kill(self, reason: str) -> None:
@@ -176,6 +178,17 @@ def test_who_sleeps_on_when_woken_hangs():
     assert not looked_at(Looked(), watch.NUDGE_SECONDS).reason
     hung = looked_at(Looked(), watch.HANG_SECONDS)
     assert hung.nudged == 1 and hung.reason == "it hung, no sign of life for 0.2 s"
+
+
+def test_who_went_on_while_we_asked_does_not_hang():
+    """A watcher that lacks the processor between its questions blames nobody."""
+    process = Looked()
+
+    def go_on() -> None:
+        process.count += 1
+
+    process.on_question = go_on
+    assert not looked_at(process, watch.BUSY_SECONDS).reason
 
 
 def test_who_wants_to_run_is_given_time():

@@ -75,10 +75,18 @@ class Watch:
         assert process.index is not None
         seen = self._note(process, self._pulse.beats(process.index))
         silent = seen.silent * LOOK_SECONDS
-        if silent >= BUSY_SECONDS or (silent >= HANG_SECONDS and _hangs(process, seen)):
+        if silent >= BUSY_SECONDS or (silent >= HANG_SECONDS and self._hangs(process)):
             process.kill(f"it hung, no sign of life for {silent:.1f} s")
         elif silent >= NUDGE_SECONDS:
             self._pulse.nudge(process.index)
+
+    def _hangs(self, process: ShardProcess) -> bool:
+        """It was woken, and sleeps again without a beat in between.  That it sleeps is asked first:
+        we may lack the processor between the two questions."""
+        assert process.index is not None
+        seen = self._seen[process]
+        sleeps = process.sleeps()
+        return sleeps and seen.has_begun and self._pulse.beats(process.index) == seen.beats
 
     def _note(self, process: ShardProcess, beats: int) -> _Seen:
         seen = self._seen.setdefault(process, _Seen(beats))
@@ -87,7 +95,3 @@ class Watch:
         else:
             seen.silent += 1
         return seen
-
-
-def _hangs(process: ShardProcess, seen: _Seen) -> bool:
-    return seen.has_begun and process.sleeps()
