@@ -184,7 +184,7 @@ class ShardProcess:
         if self._stopping or self.error is not None:
             return
         self._stopping = True
-        if self.is_stopped():
+        if self.is_stopped() or not self.is_ready:  # the latter has begun nothing that has to end
             self._process.kill()
         self._send("stop", (), -1)
         with contextlib.suppress(TimeoutError):
