@@ -11,8 +11,9 @@ import contextlib
 import logging
 import os
 import stat
-import threading
+from concurrent.futures import Future
 
+from sharded_pc import threads
 from sharded_pc.ending import Ending
 from sharded_pc.errors import HostError, RemoteProtocolError, ShardedPcError
 from sharded_pc.incoming import Incoming, Receiver
@@ -49,7 +50,7 @@ class Connection:
         self._memory = memory
         self._resumes = resumes
         self._return_path: ReturnPath | None = None
-        self._return_thread: threading.Thread | None = None
+        self._return_end: Future | None = None
         self._is_one_channel = False
         self._second = asyncio.create_task(self._refuse_second_channel())
 
@@ -60,7 +61,7 @@ class Connection:
             self._memory, self._wire.fd, stop, self, receiver, record_fd, resumes=self._resumes
         )
         try:
-            await asyncio.to_thread(incoming.run)
+            await asyncio.wrap_future(threads.run(incoming.run, "stream"))
         except ShardedPcError:
             self._tell_failure()
             if self.ending.trouble is not None:
@@ -123,8 +124,7 @@ class Connection:
         if self._return_path is not None:
             return
         self._return_path = ReturnPath(self._memory.control, self._wire.back_fd)
-        self._return_thread = threading.Thread(target=self._send_back, name="return-path")
-        self._return_thread.start()
+        self._return_end = threads.run(self._send_back, "return-path")
 
     def arm(self) -> None:
         """Pages may be requested from now on; those that wait already are."""
@@ -158,6 +158,6 @@ class Connection:
             log.warning("%s", error)
 
     async def _end_return_path(self) -> None:
-        if self._return_path is not None and self._return_thread is not None:
+        if self._return_path is not None and self._return_end is not None:
             self._return_path.stop()
-            await asyncio.to_thread(self._return_thread.join)
+            await asyncio.wrap_future(self._return_end)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
 
+from sharded_pc import threads
+from sharded_pc.errors import HostError
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.alias import Alias
 from sharded_pc.native.core import ffi
@@ -15,14 +16,14 @@ log = logging.getLogger(__name__)
 
 class Populator:
     """The receiver's own mappings of all blocks, `aliases`, in the blocks' order; one thread for
-    each shard populates its stripes at a low priority.  Running out of memory ends that quietly:
-    what is not populated is allocated as it arrives."""
+    each shard populates its stripes at a low priority.  Running out of memory or
+    threads ends that quietly: what is not populated is allocated as it arrives."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
         self._stop = ffi.new("uint32_t *", 0)
         self.aliases: list[Alias] = []
-        self._threads: Sequence[threading.Thread] = ()
+        self._threads: list[threading.Thread] = []
         self._pages: list[int] = []
 
     def start(self) -> None:
@@ -32,12 +33,16 @@ class Populator:
         for block in self._memory.blocks:
             self.aliases.append(Alias(block.fd, block.size))
         self._pages = [0] * geometry.shards
-        self._threads = [
-            threading.Thread(target=self._populate, args=(shard,), name=f"populate-{shard}")
-            for shard in range(geometry.shards)
-        ]
-        for thread in self._threads:
-            thread.start()
+        for shard in range(geometry.shards):
+            thread = threading.Thread(
+                target=self._populate, args=(shard,), name=f"populate-{shard}"
+            )
+            try:
+                threads.start(thread)
+            except HostError as error:
+                log.warning("pages are not populated ahead: %s", error)
+                return
+            self._threads.append(thread)
 
     def _populate(self, shard: int) -> None:
         memory = self._memory

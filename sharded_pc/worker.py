@@ -22,8 +22,10 @@ from collections.abc import Callable, Sequence
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 
-from sharded_pc.errors import AttachError, ShardedPcError
+from sharded_pc import threads
+from sharded_pc.errors import AttachError, HostError, ShardedPcError
 from sharded_pc.geometry import Placement
+from sharded_pc.host import oom
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.control import POOL_BYTES_PER_SHARD
 from sharded_pc.native.shard import Shard, allow_interrupts, end_with_parent
@@ -85,10 +87,11 @@ class ShardWorker:
 
     def start_placing(self) -> int:
         """Serves the coordinator's rings on a thread of its own; the kernel's number of it."""
-        self._placing = threading.Thread(target=self._place, name="placement")
-        self._placing.start()
-        assert self._placing.native_id is not None
-        return self._placing.native_id
+        thread = threading.Thread(target=self._place, name="placement")
+        threads.start(thread)
+        self._placing = thread
+        assert thread.native_id is not None
+        return thread.native_id
 
     def _place(self) -> None:
         try:
@@ -134,14 +137,18 @@ class ShardWorker:
             raise
         self._guests[slot] = (uffd, None)
         if self._listening:
-            self._start_faults(slot)
+            try:
+                self._start_faults(slot)
+            except HostError:
+                self.drop_guest(slot, False)
+                raise
 
     def _start_faults(self, slot: int) -> None:
         fd, thread = self._guests[slot]
         if thread is None:
             thread = threading.Thread(target=self._faults, args=(slot,), name=f"faults-{slot}")
+            threads.start(thread)
             self._guests[slot] = (fd, thread)
-            thread.start()
 
     def _faults(self, slot: int) -> None:
         try:
@@ -249,6 +256,7 @@ def main(conn: Connection, name: str) -> None:
     """Entry of the process."""
     try:
         end_with_parent()
+        oom.be_first()
         process = _Process(conn, name)
     except (ShardedPcError, OSError) as error:
         conn.send(("error", str(error)))

@@ -11,11 +11,13 @@ import asyncio
 import collections
 import contextlib
 import os
+import signal
 from collections.abc import Callable
 from multiprocessing import reduction
 
 from sharded_pc import processes, worker
 from sharded_pc.errors import ShardError
+from sharded_pc.host import oom
 from sharded_pc.shards.step import Step
 
 ANSWER_SECONDS = 30.0
@@ -24,7 +26,12 @@ STOP_SECONDS = 5.0
 
 
 class WorkerDied(ShardError):
-    """The process has ended and was reaped; a successor may take its shard."""
+    """The process has ended and was reaped; a successor may take its shard.  `for_memory`: it would
+    be taken by the OOM killer as well."""
+
+    def __init__(self, text: str, *, for_memory: bool = False) -> None:
+        super().__init__(text)
+        self.for_memory = for_memory
 
 
 class ShardProcess:
@@ -52,6 +59,7 @@ class ShardProcess:
         self._answers: collections.deque[asyncio.Future] = collections.deque()
         """to what it was told, the oldest first; who waited for one may have gone away"""
         self._ready = self._expect()
+        self.oom = oom.Recent()
 
     def _watched(self) -> int:
         try:
@@ -103,7 +111,8 @@ class ShardProcess:
         self._loop.remove_reader(self._conn.fileno())
         self._loop.remove_reader(self._pidfd)
         self._process.join()
-        self.error = WorkerDied(self._obituary(self._process.exitcode))
+        exitcode = self._process.exitcode
+        self.error = WorkerDied(self._obituary(exitcode), for_memory=self._by_oom(exitcode))
         os.close(self._pidfd)
         self._conn.close()
         self._process.close()
@@ -122,7 +131,12 @@ class ShardProcess:
         if exitcode is None:
             return f"{who} died, its exit code is not known"
         how = f"killed by signal {-exitcode}" if exitcode < 0 else f"exit code {exitcode}"
+        if self._by_oom(exitcode):
+            how += f" ({oom.remedy()})"
         return f"{who} died, {how}"
+
+    def _by_oom(self, exitcode: int | None) -> bool:
+        return not self._reason and exitcode == -signal.SIGKILL and self.oom.any()
 
     def kill(self, reason: str) -> None:
         """It is of no use any more; the first reason counts."""

@@ -11,7 +11,9 @@ import asyncio
 import collections
 import logging
 from collections.abc import Callable, Hashable
+from errno import EAGAIN
 
+from sharded_pc import threads
 from sharded_pc.errors import ShardError
 from sharded_pc.native.control import Control
 from sharded_pc.shards.process import ShardProcess, WorkerDied
@@ -23,6 +25,10 @@ log = logging.getLogger(__name__)
 DEATHS_MOST = 5
 DEATHS_SECONDS = 10.0
 """A worker that dies so often will die again: somebody has to look at it."""
+
+
+def _why(error: OSError) -> str:
+    return f"{error.strerror}: {threads.REMEDY}" if error.errno == EAGAIN else str(error.strerror)
 
 
 class Shard:
@@ -82,7 +88,7 @@ class Shard:
         try:
             process = self._roster.take()
         except OSError as error:  # no memory, no descriptor, no process is to be had
-            self._give_up(f"start a worker for shard {self.index}: {error.strerror}")
+            self._give_up(f"start a worker for shard {self.index}: {_why(error)}")
             return
         process.index = self.index
         process.on_end = self._on_end
@@ -139,13 +145,19 @@ class Shard:
         if self._present.done():
             self._present = self._loop.create_future()
         self._deaths.append(self._loop.time())
-        if len(self._deaths) == DEATHS_MOST and self._deaths[-1] - self._deaths[0] < DEATHS_SECONDS:
+        if process.error.for_memory:
+            self._give_up(str(process.error))
+        elif self._dies_too_often():
             self._give_up(
                 f"shard {self.index} lost {DEATHS_MOST} workers within {DEATHS_SECONDS:g} s: "
                 f"{process.error}"
             )
         else:
             self._bringing = self._loop.create_task(self._bring())
+
+    def _dies_too_often(self) -> bool:
+        deaths = self._deaths
+        return len(deaths) == DEATHS_MOST and deaths[-1] - deaths[0] < DEATHS_SECONDS
 
     def _give_up(self, why: str) -> None:
         self._given_up = True

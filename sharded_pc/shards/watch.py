@@ -61,6 +61,8 @@ class Watch:
             since = loop.time()
             await asyncio.sleep(LOOK_SECONDS)
             self.look(loop.time() - since - LOOK_SECONDS)
+            for process in self._living():
+                process.oom.look()
 
     def look(self, late: float) -> None:
         """`late`: seconds for which nobody looked; they count for nobody."""
