@@ -32,6 +32,7 @@ from pathlib import Path
 import posix_ipc
 
 from sharded_pc.errors import HostError, UsageError
+from sharded_pc.native.core import why_unmapped
 
 ROOT = Path("/dev/shm")
 """Where Linux shows POSIX shared memory."""
@@ -171,9 +172,13 @@ class Segment:
 
     @property
     def map(self) -> mmap.mmap:
-        """The whole segment, shared and writable."""
+        """The whole segment, shared and writable.  HostError."""
         if self._map is None:
-            self._map = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED)
+            try:
+                self._map = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED)
+            except OSError as error:
+                why = why_unmapped(error.errno or 0)
+                raise HostError(f"map {self.size:#x} bytes of shared memory: {why}") from error
         return self._map
 
     @property

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 from sharded_pc.errors import HostError
 
-REMEDY = "raise `ulimit -u` or the cgroup's pids.max, or give it more memory (`ulimit -v`)"
+REMEDY = "raise `ulimit -u`, the cgroup's pids.max, vm.max_map_count or `ulimit -v`"
 """clone(2)'s EAGAIN, and a stack that cannot be mapped: Python tells none from the other."""
 
 

@@ -99,6 +99,12 @@ class _Guest:
         self._guest = sharded_pc.attach(target, timeout=timeout, wait_ready=wait_ready)
         return {"number": self._guest.number, "completed": self._guest.completed}
 
+    def attach_with_few_maps(self, target: str, left: int) -> dict:
+        from tests.few_maps import few_maps
+
+        with few_maps(left):
+            return self.attach(target)
+
     def wait_ready(self, timeout: float = WAIT_S) -> bool:
         self._guest.wait_ready(timeout)
         return self._guest.completed

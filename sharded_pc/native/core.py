@@ -33,6 +33,14 @@ def why(errno: int) -> str:
     return os.strerror(errno)
 
 
+MORE_MAPS = "raise vm.max_map_count (`sysctl`), or make room in memory (`free`)"
+
+
+def why_unmapped(errno: int) -> str:
+    """The kernel's reason for not mapping or registering, with the remedy."""
+    return f"{os.strerror(errno)}: {MORE_MAPS}" if errno == ENOMEM else os.strerror(errno)
+
+
 def system_error(errno: int, doing: str) -> HostError:
     error = HostError(f"{doing}: {why(errno)}")
     error.errno = errno  # type: ignore[attr-defined]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from sharded_pc.errors import AttachError, ShardError
+from sharded_pc.errors import AttachError, HostError, ShardError
 from sharded_pc.native.control import Bitmap, Control
-from sharded_pc.native.core import ensure, ensure_object, ffi, lib, system_error, why
+from sharded_pc.native.core import ensure, ensure_object, ffi, lib, why, why_unmapped
 from sharded_pc.native.uffd import Uffd
 
 
@@ -61,7 +61,8 @@ class Shard:
         view = ffi.NULL if mapping is None else self._view(mapping)
         rc = lib.sp_worker_add_block(self.raw, index, view, fd)
         if rc < 0:
-            raise system_error(-rc, f"register block {index} with the worker's userfaultfd")
+            why = why_unmapped(-rc)
+            raise HostError(f"register block {index} with the worker's userfaultfd: {why}")
 
     def address(self, index: int) -> int:
         """Where this process mapped a block."""
@@ -102,7 +103,7 @@ class Shard:
         if rc < 0:
             raise AttachError(
                 f"block {bad[0]} at address {addresses[bad[0]]:#x} cannot be registered with the "
-                f"guest's userfaultfd of shard {self.index}: {os.strerror(-rc)}"
+                f"guest's userfaultfd of shard {self.index}: {why_unmapped(-rc)}"
             )
 
     def stop_guest(self, guest: int) -> None:

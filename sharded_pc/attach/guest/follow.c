@@ -9,9 +9,14 @@
 #define _GNU_SOURCE
 #include "guest.h"
 
+#include <errno.h>
 #include <signal.h>
 #include <string.h>
 #include <unistd.h>
+
+/* As sharded_pc/threads.py. */
+static const char MORE_THREADS[] = ": raise `ulimit -u`, the cgroup's pids.max, vm.max_map_count or "
+                                   "`ulimit -v`";
 
 #define STEP_NS 10000000000ull /* for one hand-over again */
 
@@ -171,7 +176,8 @@ int sp_guest_follow(sp_guest *guest, sp_trouble *trouble)
     int err = pthread_create(&guest->thread, NULL, follow, guest);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (err)
-        return sp_fail_as(trouble, SP_CAUSE_HOST, "start a thread: %s", strerror(err));
+        return sp_fail_as(trouble, SP_CAUSE_HOST, "start a thread: %s%s", strerror(err),
+                          err == EAGAIN ? MORE_THREADS : "");
     pthread_setname_np(guest->thread, "sharded-pc");
     return 0;
 }

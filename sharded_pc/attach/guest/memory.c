@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "memory.h"
 
+#include <errno.h>
 #include <inttypes.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -11,6 +12,9 @@
 #include "../../native/kernel/uffd_abi.h"
 
 #define COLLAPSE 25 /* MADV_COLLAPSE, Linux 6.1; Debian 12's headers lack it */
+
+/* Every stripe is a mapping of its own. */
+static const char MORE_MAPS[] = ": raise vm.max_map_count (`sysctl`), or make room in memory";
 
 /* Not libc's: the preload library's own madvise() would put it off.  EINVAL is a kernel that does
  * not know the advice. */
@@ -45,8 +49,8 @@ static int register_segment(const sp_memory *memory, const sp_segment *segment,
         int rc = sp_uffd_register(memory->uffds[stripe % offer->shards], addr, len, offer->mode,
                                   NULL);
         if (rc < 0)
-            return sp_fail_as(trouble, SP_CAUSE_HOST, "register %s at offset %#" PRIx64 ": %s",
-                              segment->path, at, strerror(-rc));
+            return sp_fail_as(trouble, SP_CAUSE_HOST, "register %s at offset %#" PRIx64 ": %s%s",
+                              segment->path, at, strerror(-rc), rc == -ENOMEM ? MORE_MAPS : "");
         at += len;
     }
     return 0;

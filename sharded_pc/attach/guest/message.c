@@ -334,13 +334,66 @@ int sp_message_parse(const char *buf, size_t len, sp_message *message)
     return take_members(&r, on_message, message) && next(&r) == '\0' && r.at == r.end ? 0 : -1;
 }
 
+/* The value of a \u escape, -1 if there is none. */
+static long take_unit(const char *at, size_t len)
+{
+    long value = 0;
+    if (len < 6 || at[0] != '\\' || at[1] != 'u')
+        return -1;
+    for (int i = 2; i < 6; i++) {
+        if (!is_hex(at[i]))
+            return -1;
+        value = value * 16 + (is_digit(at[i]) ? at[i] - '0' : (at[i] | 0x20) - 'a' + 10);
+    }
+    return value;
+}
+
+/* The character of a \u escape, or of two that are a surrogate pair; 0: none, or one that a terminal
+ * must not get. */
+static uint32_t take_character(const char *at, size_t len, size_t *used)
+{
+    long first = take_unit(at, len);
+    *used = 6;
+    if (first >= 0xd800 && first < 0xe000) {
+        long second = take_unit(at + 6, len - 6);
+        *used = 12;
+        if (first >= 0xdc00 || second < 0xdc00 || second >= 0xe000)
+            return 0;
+        return 0x10000 + (uint32_t)((first - 0xd800) << 10 | (second - 0xdc00));
+    }
+    return first < 0x20 || (first >= 0x7f && first < 0xa0) ? 0 : (uint32_t)first;
+}
+
+static size_t put_utf8(char *out, uint32_t c)
+{
+    static const uint8_t FIRST[] = {0, 0xc0, 0xe0, 0xf0};
+    size_t more = c < 0x80 ? 0 : c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
+    out[0] = (char)(FIRST[more] | c >> (6 * more));
+    for (size_t i = 1; i <= more; i++)
+        out[i] = (char)(0x80 | (c >> (6 * (more - i)) & 0x3f));
+    return more + 1;
+}
+
+/* What the byte or escape at `at` stands for, at most four bytes in `out`: how many. */
+static size_t undo(const char *at, size_t len, char *out, size_t *used)
+{
+    uint32_t c = take_character(at, len, used);
+    if (c)
+        return put_utf8(out, c);
+    *used = 1 + (at[0] == '\\' && len > 1 && memchr("\"\\/", at[1], 3));
+    out[0] = at[*used - 1];
+    return 1;
+}
+
 void sp_text_print(char *dst, size_t room, sp_text text)
 {
-    size_t n = 0;
-    for (size_t i = 0; i < text.len && n + 1 < room; i++) {
-        if (text.at[i] == '\\' && i + 1 < text.len && memchr("\"\\/", text.at[i + 1], 3))
-            i++;
-        dst[n++] = text.at[i];
+    size_t n = 0, used = 0, more = 0;
+    for (size_t i = 0; i < text.len; i += used, n += more) {
+        char out[4];
+        more = undo(text.at + i, text.len - i, out, &used);
+        if (n + more >= room)
+            break;
+        memcpy(dst + n, out, more);
     }
     dst[n] = '\0';
 }

@@ -69,7 +69,8 @@ long sp_message_end(sp_cut *cut, const char *buf, size_t len);
 /* 0, or -1 if these bytes are not one JSON object of the shape that its key promises. */
 int sp_message_parse(const char *buf, size_t len, sp_message *message);
 
-/* Writes a text for people: \" and \\ undone, the rest as it is; cut to fit, always terminated. */
+/* Writes a text for people, in UTF-8: escapes undone but those of control characters, which a terminal
+ * must not get, and of no character; cut to fit, always terminated. */
 void sp_text_print(char *dst, size_t room, sp_text text);
 
 #endif
