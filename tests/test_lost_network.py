@@ -46,6 +46,22 @@ def test_the_limits_are_some_tens_of_seconds():
     assert 20 <= liveness.USER_TIMEOUT_SECONDS <= 90
 
 
+@pytest.mark.qemu
+@pytest.mark.timeout(120)
+def test_a_half_open_wire_of_a_real_source(tmp_path, unique_name, newer):
+    """Neither FIN nor RST comes: the receiver pauses by keep-alive, the source by `migrate-pause`,
+    and both go on over another connection."""
+    pytest.importorskip("qemu.qmp", reason="needs the client: pip install qemu.qmp")
+    command = [sys.executable, "-m", "tests.half_open", str(tmp_path), unique_name, str(newer)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=110)
+    assert done.returncode == 0, done.stderr
+    end = json.loads(done.stdout)
+    if "n/a" in end:
+        pytest.skip(f"n/a: may not make a network namespace: {end['n/a']}")
+    assert "the connection to the source was lost" in end["paused by"]
+    assert end["source"] == "postcopy-active", "it has heard of nothing"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

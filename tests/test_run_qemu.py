@@ -80,7 +80,7 @@ def seconds(event: dict[str, Any]) -> float:
 def pair(
     folder: Path, name: str, binary: QemuBinary, *, writes: bool | None = None,
     options: tuple[str, ...] = (), differing: dict[str, Any] | None = None,
-    front: tuple[str, ...] = (), **both: Any,
+    front: tuple[str, ...] = (), incoming: str | None = None, **both: Any,
 ) -> Iterator[Pair]:  # fmt: skip
     """``both`` goes to source and destination, ``differing`` to the destination instead;
     ``front`` is what the destination's command line begins with."""
@@ -95,7 +95,9 @@ def pair(
     with QemuVm(folder, "src", binary=binary, **both) as source:
         source.wait_serial("F")
         control = "--control" not in options
-        with Runner(folder, name, guest, *options, control=control) as runner:
+        with Runner(
+            folder, name, guest, *options, control=control, incoming=incoming
+        ) as runner:
             yield Pair(source, runner, guest)
 
 
