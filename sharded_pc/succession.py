@@ -72,12 +72,23 @@ def looks_resumable(name: str) -> bool:
 
 def _check(memory: GuestMemory) -> None:
     control = memory.control
+    if control.status is MigrationStatus.COMPLETED:
+        raise NothingToResume(
+            f"receiver {memory.name!r} has nothing to resume: its migration has completed, and its "
+            f"guest{_qemu(control)} goes on without it; `sharded-pc clean` removes what is left "
+            f"here"
+        )
     if not is_resumable(control):
         raise NothingToResume(
             f"receiver {memory.name!r} cannot be resumed: its guest did not run here (postcopy "
             f"state {control.postcopy_state.name}, status {control.status.value}); the source goes "
             f"on with it, `sharded-pc clean` removes what is left here"
         )
+
+
+def _qemu(control: Control) -> str:
+    known = control.destination
+    return "" if known is None else f" in QEMU (pid {known[0]}), unless that has ended,"
 
 
 def end_workers(memory: GuestMemory) -> None:

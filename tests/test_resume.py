@@ -27,9 +27,11 @@ MISSING = sum(len(missing_pages(ORACLE, n)) for n in range(len(BLOCKS)))
 
 
 @contextlib.contextmanager
-def begun(folder: Path, name: str) -> Iterator[tuple[Receiver, StepSource, GuestProcess]]:
+def begun(
+    folder: Path, name: str, **more: bool
+) -> Iterator[tuple[Receiver, StepSource, GuestProcess]]:
     """A guest on a receiver that has 64 pages of what postcopy is to bring."""
-    receiver = Receiver(folder, name, keep=False)
+    receiver = Receiver(folder, name, keep=False, **more)
     with receiver, GuestProcess() as guest, open_source(connect(receiver.uri())) as source:
         source.begin()
         source.wait_switched()
@@ -127,3 +129,17 @@ def test_clean_leaves_what_can_be_resumed(tmp_path, unique_name):
 def clean(*arguments: str) -> str:
     command = [sys.executable, "-m", "sharded_pc", "clean", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def test_what_has_completed_is_not_resumed(tmp_path, unique_name):
+    """The guest is whole: nobody may say that its source goes on with it."""
+    with begun(tmp_path, unique_name, control=True) as (receiver, source, guest):
+        with contextlib.closing(Control(receiver.control_path)):  # it stays for a last word
+            source.end()
+            with ReceiverView(unique_name) as view:
+                wait_until(lambda: view.info()["status"] == "completed", "the end", WAIT_S)
+            kill(receiver, workers=False)
+        code, text = resume(unique_name)
+        assert code == 2
+        assert "its migration has completed" in text and "the source" not in text
+        assert guest.ask("visit_all") == []

@@ -95,9 +95,7 @@ def pair(
     with QemuVm(folder, "src", binary=binary, **both) as source:
         source.wait_serial("F")
         control = "--control" not in options
-        with Runner(
-            folder, name, guest, *options, control=control, incoming=incoming
-        ) as runner:
+        with Runner(folder, name, guest, *options, control=control, incoming=incoming) as runner:
             yield Pair(source, runner, guest)
 
 

@@ -91,7 +91,7 @@ def test_another_process_is_watched(tmp_path, unique_name, manager, monkeypatch)
 def test_units_say_what_the_receiver_needs(unit):
     """A crash is followed by --resume, and nothing of the guest's is killed by the manager."""
     text = unit.read_text()
-    for line in ("Type=notify", "KillMode=process", "Restart=on-abnormal"):
+    for line in ("Type=notify", "KillMode=process", "OOMPolicy=continue", "Restart=on-abnormal"):
         assert line in text.splitlines()
     (command,) = re.findall(r"^ExecStart=(.*)$", text, re.MULTILINE)
     assert "--resume %i" in command and "${INCOMING}" in command
