@@ -30,6 +30,9 @@ class Run:
         return asyncio.run(_run(args))
 
 
+UNKNOWN = "sharded-pc: the adopted QEMU has ended; its exit code is not known, 0 stands for it"
+
+
 async def _run(args: argparse.Namespace) -> int:
     # The one JSON object has standard output for itself.
     stdout = sys.stderr.fileno() if args.json else None
@@ -53,6 +56,8 @@ async def _stay_with_guest(session: Session) -> int:
     await destination.leave_monitor()
     session.signals.call(destination.terminate)
     code = await destination.exited()
-    if code and not session.signals.exit_code:
+    if coordinator.resumes:
+        print(UNKNOWN, file=sys.stderr)
+    elif code and not session.signals.exit_code:
         print(f"sharded-pc: QEMU ended with {code}", file=sys.stderr)
     return session.signals.exit_code or code or int(ExitCode.COMPLETED)
