@@ -380,7 +380,7 @@ static size_t undo(const char *at, size_t len, char *out, size_t *used)
     uint32_t c = take_character(at, len, used);
     if (c)
         return put_utf8(out, c);
-    *used = 1 + (at[0] == '\\' && len > 1 && memchr("\"\\/", at[1], 3));
+    *used = at[0] == '\\' && len > 1 && memchr("\"\\/", at[1], 3) ? 2 : 1;
     out[0] = at[*used - 1];
     return 1;
 }
