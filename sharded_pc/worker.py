@@ -242,6 +242,7 @@ class _Process:
                 self._obey(*message)
         if self._worker is not None:
             self._worker.stop()
+            self._worker.close()  # in order: at exit the collector complains of views in use
 
     def _obey(self, word: str, *arguments: object) -> None:
         try:
