@@ -14,6 +14,10 @@ from collections.abc import Iterator, Sequence
 PAGE_BYTES = 4096
 """Target and host page size (x86); other sizes are refused by name."""
 
+MAX_SOURCE_PAGE_BYTES = 1 << 30
+"""The largest page of x86's hugetlbfs, and the most that one request may ask for (QEMU reads an
+int)."""
+
 MIN_STRIPE_BYTES = 2 << 20
 """A sequential stream fills one stripe after the other, so stripes must be small against what a
 shard can queue; 2 MiB keeps a huge page in one shard.  docs/design-notes.md has the measurement."""
@@ -40,7 +44,10 @@ class RamBlock:
     size: int
     """used_length in bytes, a multiple of page_size"""
     page_size: int = PAGE_BYTES
-    """bytes"""
+    """bytes, here"""
+    source_page_size: int = PAGE_BYTES
+    """bytes; more than page_size if the source's memory is hugetlbfs: the source discards, is asked
+    for and sends such pages whole, here each page_size of them is visible as it arrives"""
 
     @property
     def pages(self) -> int:

@@ -18,7 +18,7 @@ from sharded_pc.state import PostcopyState, listening
 from sharded_pc.wire import events
 from sharded_pc.wire import ram as ram_text
 from sharded_pc.wire.reader import StreamReader
-from sharded_pc.wire.steps import TELL, Parser, Some
+from sharded_pc.wire.steps import TELL, Parser, Peek, Some
 
 __all__ = ["Incoming", "Receiver", "bad_record"]
 
@@ -114,6 +114,8 @@ class Incoming:
                 return self._stream.read(want)
             case Some(most):
                 return self._some(most)
+            case Peek(size):
+                return self._stream.peek(size)
             case _ if want is TELL:
                 return self._stream.offset
             case _ if want is _RECORDS:
@@ -144,7 +146,7 @@ class Incoming:
 
     def _setup_records(self) -> Parser:
         """The setup section begins with the block list; only then is there memory for pages."""
-        blocks = yield from ram_text.first_record()
+        blocks = yield from ram_text.first_record(self._reader.page_sizes)
         self._control.note_ram_section(self._reader.ram_id)
         yield events.RamBlocks(blocks)
         yield from self._records()

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from sharded_pc.errors import RemoteProtocolError
-from sharded_pc.geometry import PAGE_BYTES, RamBlock
+from sharded_pc.geometry import MAX_SOURCE_PAGE_BYTES, PAGE_BYTES, RamBlock
 from sharded_pc.loading import Loading
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.alias import Alias
@@ -280,10 +280,11 @@ def _nothing(event: object) -> None:
 
 
 def _bad_discard(block: RamBlock, start: int, length: int) -> RemoteProtocolError:
-    if start % PAGE_BYTES or length % PAGE_BYTES or length == 0:
+    page = block.source_page_size
+    if start % page or length % page or length == 0:
         return RemoteProtocolError(
             f"discard of {length:#x} bytes at {start:#x} in block {block.name!r} is not whole "
-            f"{PAGE_BYTES}-byte pages"
+            f"{page}-byte pages"
         )
     return RemoteProtocolError(
         f"discard of {length:#x} bytes at {start:#x} outside block {block.name!r} of "
@@ -309,6 +310,10 @@ _SECTIONS = {
 }
 
 
+SOURCE_PAGE_SIZES = 2 * MAX_SOURCE_PAGE_BYTES - PAGE_BYTES
+"""A summary, the sizes' bitwise OR, has no other bits."""
+
+
 def _check_advise(event: events.PostcopyAdvise) -> None:
     if event.page_sizes is None:
         raise RemoteProtocolError(
@@ -319,8 +324,8 @@ def _check_advise(event: events.PostcopyAdvise) -> None:
         raise RemoteProtocolError(
             f"target pages of {event.target_page_size} bytes, expected {PAGE_BYTES}"
         )
-    if event.page_sizes != PAGE_BYTES:
+    if event.page_sizes == 0 or event.page_sizes & ~SOURCE_PAGE_SIZES:
         raise RemoteProtocolError(
-            f"RAM with page sizes {event.page_sizes:#x} (huge pages), expected only "
-            f"{PAGE_BYTES:#x}: start the source's guest without hugetlbfs memory"
+            f"RAM with page sizes {event.page_sizes:#x}, expected {PAGE_BYTES:#x} to "
+            f"{MAX_SOURCE_PAGE_BYTES:#x}"
         )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
+import operator
 import socket
 import threading
 import time
@@ -95,6 +97,16 @@ class ReturnPathReader:
             raise ConnectionLost(f"the destination {otherwise}") from self.error
 
 
+def _whole_pages(before: bytes, after: bytes, whole: int) -> bytearray:
+    """Which pages changed: all `whole` of a page of the source's memory if one did, as in QEMU's
+    source (migration/ram.c postcopy_chunk_hostpages_pass)."""
+    changed = bytearray(b != a for a, b in zip(before, after, strict=True))
+    for first in range(0, len(changed), whole) if whole > 1 else ():
+        if any(changed[first : first + whole]):
+            changed[first : first + whole] = b"\1" * whole
+    return changed
+
+
 class SyntheticSource:
     """Migrates a PageOracle's RAM over a connected socket.
 
@@ -112,11 +124,10 @@ class SyntheticSource:
         self._named: int | None = None
         count = range(len(pages.blocks))
         self._final = [pages.final(block) for block in count]
+        self._page_sizes = [block.source_page_size for block in pages.blocks]
         self._missing = [
-            bytearray(
-                b != a for a, b in zip(pages.precopied(block), self._final[block], strict=True)
-            )
-            for block in count
+            _whole_pages(pages.precopied(block), self._final[block], size // PAGE_BYTES)
+            for block, size in zip(count, self._page_sizes, strict=True)
         ]
         self._scan = (0, 0)
         self.requested_pages = 0
@@ -141,7 +152,7 @@ class SyntheticSource:
             + writer.configuration("synthetic")
             + writer.open_return_path()
             + writer.ping(1)
-            + writer.postcopy_advise()
+            + writer.postcopy_advise(functools.reduce(operator.or_, self._page_sizes))
             + writer.ram_setup(self._oracle.blocks)
         )
 
@@ -205,6 +216,8 @@ class SyntheticSource:
     def _serve(self, request: return_path.ReqPages) -> None:
         names = [ram.name for ram in self._oracle.blocks]
         block, first = names.index(request.block), request.start // PAGE_BYTES
+        if request.start % self._page_sizes[block] or request.length % self._page_sizes[block]:
+            raise RemoteProtocolError(f"{request} is not whole pages of the source's memory")
         wanted = range(first, first + request.length // PAGE_BYTES)
         pages = array("Q", [page for page in wanted if self._missing[block][page]])
         if pages:
@@ -220,11 +233,17 @@ class SyntheticSource:
             here = (block + turn) % count
             first = self._missing[here].find(1, page if turn == 0 else 0)
             if first >= 0:
-                end = self._missing[here].find(0, first, first + BATCH_PAGES)
-                end = min(first + BATCH_PAGES, len(self._missing[here])) if end < 0 else end
+                end = self._batch_end(here, first)
                 self._scan = (here, end)
                 return here, array("Q", range(first, end))
         return None
+
+    def _batch_end(self, block: int, first: int) -> int:
+        """A page of the source's memory is sent to its end before anything else is."""
+        whole = self._page_sizes[block] // PAGE_BYTES
+        most = min(-(-(first + BATCH_PAGES) // whole) * whole, len(self._missing[block]))
+        end = self._missing[block].find(0, first, most)
+        return most if end < 0 else end
 
     def finish(self) -> None:
         """END, EOF, and the destination's SHUT; ConnectionLost if it is not 0."""

@@ -343,18 +343,6 @@ class TestRefusals:
                 begin_precopy(source, receiver.uri(), postcopy=False)
                 check_refused(source, receiver, 4, "x-ignore-shared")
 
-    def test_huge_pages(self, tmp_path, unique_name, binary):
-        if int(Path("/proc/sys/vm/nr_hugepages").read_text()) < MEMORY_MIB // 2:
-            pytest.skip(f"n/a: no huge pages: sysctl vm.nr_hugepages={MEMORY_MIB // 2}")
-        backend = f"memory-backend-memfd,id=huge,size={MEMORY_MIB}M,hugetlb=on"
-        extra = ["-object", backend, "-machine", "memory-backend=huge"]
-        with (
-            booted(tmp_path, binary, extra=extra) as source,
-            Receiver(tmp_path, unique_name) as receiver,
-        ):
-            begin_precopy(source, receiver.uri())
-            check_refused(source, receiver, 4, "huge")
-
 
 class TestMemoryShort:
     SMALL = 'mount -t tmpfs -o size=32m,mode=1777 tmpfs /dev/shm && exec "$@"'

@@ -20,7 +20,7 @@ from sharded_pc.geometry import PAGE_BYTES
 from sharded_pc.wire import events, ram
 from sharded_pc.wire.constants import RamFlag
 from sharded_pc.wire.reader import StreamReader
-from sharded_pc.wire.steps import TELL, Parser, Some, counted_text, number
+from sharded_pc.wire.steps import TELL, Parser, Peek, Some, counted_text, number
 
 RECIPE = "python -m benchmarks.record FILE"
 _HEADER = struct.Struct(">Q")
@@ -133,6 +133,7 @@ class _Scan:
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
         self._blocks: dict[str, int] = {}
+        self._reader = StreamReader(self._records)
         self.at = self.normal = self.zero = 0
         self.machine = ""
         self.setup_end: int | None = None
@@ -143,7 +144,7 @@ class _Scan:
         return sum(self._blocks.values())
 
     def run(self) -> None:
-        parser = StreamReader(self._records).events()
+        parser = self._reader.events()
         answer, began = None, 0
         with contextlib.suppress(StopIteration):
             while True:
@@ -160,6 +161,8 @@ class _Scan:
                 return self._take(want)
             case Some(most):
                 return self._take(min(most, len(self._data) - self.at))
+            case Peek(size):
+                return self._data[self.at : self.at + size]
             case _ if want is TELL:
                 return self.at
             case _ if want is _CONTINUED:
@@ -196,7 +199,7 @@ class _Scan:
     def _records(self) -> Parser:
         """The records of one section, through EOS."""
         if not self._blocks:
-            blocks = yield from ram.first_record()
+            blocks = yield from ram.first_record(self._reader.page_sizes)
             self._blocks = {block.name: block.size for block in blocks}
         while True:
             yield _CONTINUED

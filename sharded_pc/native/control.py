@@ -72,6 +72,10 @@ def _fields(cls, raw) -> dict:
     return {f.name: getattr(raw, f.name) for f in dataclasses.fields(cls)}
 
 
+def _block_name(raw) -> str:
+    return ffi.string(raw.name).decode("utf-8", "surrogateescape")
+
+
 class Control:
     """A mapped control segment.  `buffer` is its writable mapping and must outlive this object."""
 
@@ -98,6 +102,8 @@ class Control:
             name = block.name.encode("utf-8", "surrogateescape")
             rc = lib.sp_control_add_block(self.raw, index, name, block.size)
             ensure(rc, f"add block {block.name!r} of {block.size:#x} bytes")
+            rc = lib.sp_control_set_source_page(self.raw, index, block.source_page_size)
+            ensure(rc, f"add block {block.name!r} with pages of {block.source_page_size:#x} bytes")
         rc = lib.sp_control_publish(self.raw, len(geometry.blocks), geometry.stripe_pages)
         ensure(rc, "publish the RAM geometry")
 
@@ -117,7 +123,7 @@ class Control:
         view = self.view
         if not view.n_blocks:
             return None
-        blocks = [RamBlock(self.block(i)[0], self.block(i)[1]) for i in range(view.n_blocks)]
+        blocks = map(self._ram_block, range(view.n_blocks))
         return Geometry(tuple(blocks), view.n_shards, view.stripe_pages * lib.SP_PAGE_BYTES)
 
     @property
@@ -131,10 +137,17 @@ class Control:
 
     def block(self, index: int) -> tuple[str, int, int]:
         """(name, bytes, first bit in the bitmaps)."""
+        raw = self._block_view(index)
+        return _block_name(raw), raw.bytes, raw.first_bit
+
+    def _block_view(self, index: int):
         raw = ffi.new("sp_block_view *")
         ensure(lib.sp_view_block(self.raw, index, raw), f"look up block {index}")
-        name = ffi.string(raw.name).decode("utf-8", "surrogateescape")
-        return name, raw.bytes, raw.first_bit
+        return raw
+
+    def _ram_block(self, index: int) -> RamBlock:
+        raw = self._block_view(index)
+        return RamBlock(_block_name(raw), raw.bytes, source_page_size=raw.source_page)
 
     @property
     def postcopy_state(self) -> PostcopyState:

@@ -94,6 +94,13 @@ class Stream:
         self._check(lib.sp_stream_read(self.raw, out, size, got, self.timeout_ms))
         return bytes(ffi.buffer(out, size))
 
+    def peek(self, size: int) -> bytes:
+        """The next `size` bytes, which stay."""
+        self._look_at_stop()
+        out = ffi.new("uint8_t[]", size)
+        self._check(lib.sp_stream_peek(self.raw, out, size, self.timeout_ms))
+        return bytes(ffi.buffer(out, size))
+
     def some(self, most: int) -> bytes:
         """1..most bytes."""
         self._look_at_stop()

@@ -9,7 +9,7 @@ from sharded_pc.geometry import RamBlock
 from sharded_pc.wire import events
 from sharded_pc.wire.ram import Channel
 from sharded_pc.wire.reader import StreamReader
-from sharded_pc.wire.steps import TELL, Parser, Some
+from sharded_pc.wire.steps import TELL, Parser, Peek, Some
 
 
 class Feed:
@@ -68,6 +68,10 @@ class Feed:
             if len(self._buffer) < want:
                 return False
             self._send(self._take(want))
+        elif isinstance(want, Peek):
+            if len(self._buffer) < want.size:
+                return False
+            self._send(bytes(self._buffer[: want.size]))
         elif isinstance(want, Some):
             if not self._buffer:
                 return False
@@ -84,7 +88,7 @@ def read_stream(on_blocks: Callable[[tuple[RamBlock, ...]], None] | None = None)
     channel = Channel(blocks)
 
     def records() -> Parser:
-        parser = channel.records()
+        parser = channel.records(reader.page_sizes)
         answer = None
         while True:
             try:
@@ -97,4 +101,5 @@ def read_stream(on_blocks: Callable[[tuple[RamBlock, ...]], None] | None = None)
                     on_blocks(want.blocks)
             answer = yield want
 
-    return Feed(StreamReader(records).events())
+    reader = StreamReader(records)
+    return Feed(reader.events())

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sharded_pc.errors import RemoteProtocolError
-from sharded_pc.geometry import PAGE_BYTES, RamBlock
+from sharded_pc.geometry import MAX_SOURCE_PAGE_BYTES, PAGE_BYTES, RamBlock
 from sharded_pc.wire import constants as c
 from sharded_pc.wire import events
 from sharded_pc.wire.constants import RamFlag
-from sharded_pc.wire.steps import TELL, Parser, counted_text, number, text
+from sharded_pc.wire.steps import TELL, Parser, Peek, counted_text, number, text
 
 OFFSET_MASK = ~0xFFF
 _KIND_MASK = 0xFFF & ~int(RamFlag.CONTINUE)
@@ -82,10 +82,10 @@ class Channel:
         self._blocks = blocks
         self._block: RamBlock | None = None
 
-    def records(self) -> Parser:
-        """The events of one section's records, through EOS."""
+    def records(self, page_sizes: int | None = None) -> Parser:
+        """The events of one section's records, through EOS.  `page_sizes`: as first_record()."""
         if not self._blocks:
-            yield events.RamBlocks((yield from first_record()))
+            yield events.RamBlocks((yield from first_record(page_sizes)))
         while True:
             at = yield TELL
             header = yield from number(8)
@@ -138,43 +138,57 @@ class Channel:
         return self._blocks[name]
 
 
-def first_record() -> Parser:
-    """The record that opens the setup section: its blocks.  Errors carry the record's offset."""
+def first_record(page_sizes: int | None = None) -> Parser:
+    """The record that opens the setup section: its blocks.  Errors carry the record's offset.
+    `page_sizes`: what POSTCOPY_ADVISE said of the source's RAM, None if it did not come."""
     at = yield TELL
     header = yield from number(8)
     try:
         if header & 0xFFF != RamFlag.MEM_SIZE:
             raise before_block_list(header)
-        return (yield from block_list(header & OFFSET_MASK))
+        return (yield from block_list(header & OFFSET_MASK, page_sizes or PAGE_BYTES))
     except RemoteProtocolError as error:
         error.offset = at if error.offset is None else error.offset
         raise
 
 
-def _one_block() -> Parser:
+def _one_block(page_sizes: int) -> Parser:
     name = yield from counted_text("RAM block list entry")
     if "\0" in name:  # names are C strings to QEMU and to the core
         raise RemoteProtocolError(f"block name {name!r} with a NUL in it")
     size = yield from number(8)
-    if size == 0 or size % PAGE_BYTES:
+    page = (yield from _source_page(name, page_sizes)) if page_sizes > PAGE_BYTES else PAGE_BYTES
+    if size == 0 or size % page:
         raise RemoteProtocolError(
-            f"block {name!r} of {size:#x} bytes is not a whole number of {PAGE_BYTES}-byte pages"
+            f"block {name!r} of {size:#x} bytes is not a whole number of {page}-byte pages"
         )
-    return RamBlock(name, size)
+    return RamBlock(name, size, source_page_size=page)
 
 
-def block_list(total: int) -> Parser:
-    """The blocks behind a MEM_SIZE record whose sizes sum to `total` bytes.
+def _source_page(name: str, page_sizes: int) -> Parser:
+    """The be64 behind the size of a block whose pages are larger than the host's.  What follows any
+    other has more than zeros in its first byte (the length of a name) or in its last 12 bits (the
+    flags of a record)."""
+    page = int.from_bytes((yield Peek(8)), "big")
+    if page >> 56 or page % PAGE_BYTES:
+        return PAGE_BYTES
+    yield 8
+    known = PAGE_BYTES < page <= MAX_SOURCE_PAGE_BYTES and page & (page - 1) == 0
+    if not known or not page & page_sizes:
+        raise RemoteProtocolError(
+            f"block {name!r} with pages of {page:#x} bytes, expected one of {page_sizes:#x}"
+        )
+    return page
 
-    A block with pages larger than the host's would be followed by its page size; that is found out
-    earlier, from the summary in POSTCOPY_ADVISE.
-    """
+
+def block_list(total: int, page_sizes: int = PAGE_BYTES) -> Parser:
+    """The blocks behind a MEM_SIZE record whose sizes sum to `total` bytes."""
     if not 0 < total <= c.MAX_RAM_BYTES:
         raise RemoteProtocolError(f"RAM of {total:#x} bytes, expected 1..{c.MAX_RAM_BYTES:#x}")
     blocks: dict[str, RamBlock] = {}
     left = total
     while left > 0:
-        block = yield from _one_block()
+        block = yield from _one_block(page_sizes)
         if block.name in blocks:
             raise RemoteProtocolError(f"block {block.name!r} stands twice in the block list")
         if len(blocks) == c.MAX_BLOCKS:

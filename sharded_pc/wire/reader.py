@@ -40,6 +40,8 @@ class StreamReader:
         self._records = records
         self._ram_id: int | None = None
         self._ram_over = False
+        self.page_sizes: int | None = None
+        """of the source's RAM, their bitwise OR; None before POSTCOPY_ADVISE"""
 
     def events(self) -> Parser:
         """All events of the stream; returns after EOF (and VMDESCRIPTION, if one follows)."""
@@ -146,6 +148,8 @@ class StreamReader:
                 f"which this receiver is not in"
             )
         yield event
+        if isinstance(event, events.PostcopyAdvise):
+            self.page_sizes = event.page_sizes
         if isinstance(event, events.Packaged):
             yield from package.parse((yield from _package(event.length)))
 

@@ -7,6 +7,7 @@ yields                 is sent
 =====================  ==================================================
 ``int`` n              exactly n bytes
 ``Some(n)``            at least one and at most n bytes
+``Peek(n)``            exactly n bytes, which are the next ones afterwards as well
 ``TELL``               the stream offset of the next byte
 an event               None
 =====================  ==================================================
@@ -39,6 +40,13 @@ class Some:
     """Ask for whatever is there: 1..most bytes."""
 
     most: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Peek:
+    """Look at the next `size` bytes (at most 16), and leave them."""
+
+    size: int
 
 
 def number(size: int) -> Parser:

@@ -6,7 +6,7 @@ import json
 import struct
 from collections.abc import Iterable, Sequence
 
-from sharded_pc.geometry import RamBlock
+from sharded_pc.geometry import PAGE_BYTES, RamBlock
 from sharded_pc.wire import constants as c
 from sharded_pc.wire import package
 from sharded_pc.wire.constants import Cmd, RamFlag, Section
@@ -80,12 +80,14 @@ def footer() -> bytes:
 
 
 def ram_setup(blocks: Sequence[RamBlock]) -> bytes:
-    """The START section with the block list."""
+    """The START section with the block list, as behind postcopy_advise()."""
     out = struct.pack(">BI", Section.START, RAM_SECTION) + _name("ram")
     out += struct.pack(">II", 0, c.RAM_SECTION_VERSION)
     out += _record(sum(block.size for block in blocks) | RamFlag.MEM_SIZE)
     for block in blocks:
         out += _name(block.name) + struct.pack(">Q", block.size)
+        if block.source_page_size != PAGE_BYTES:
+            out += struct.pack(">Q", block.source_page_size)
     return out + eos() + footer()
 
 

@@ -100,6 +100,52 @@ static void check_again(void)
     free(c);
 }
 
+/* A source with huge pages is asked for whole ones, each once. */
+static const uint8_t HUGE_ONES[] = {
+    0, 3, 0, 16, 0, 0, 0, 0, 0, 0x20, 0, 0, 0, 0x20, 0, 0, 3, 'r', 'a', 'm',
+    0, 4, 0, 12, 0, 0, 0, 0, 0, 0x60, 0, 0, 0, 0x40, 0, 0,
+    0, 3, 0, 14, 0, 0, 0, 0, 0x40, 0, 0, 0, 0x40, 0, 0, 0, 1, 'g',
+    0, 4, 0, 12, 0, 0, 0, 0, 0x80, 0, 0, 0, 0x40, 0, 0, 0,
+};
+
+static void check_huge(void)
+{
+    enum { HUGE = 512, GIGANTIC = 262144, RAM = 5 * HUGE, PAGES = RAM + 3 * GIGANTIC };
+    static sp_word here[PAGES / 64], wanted[PAGES / 64];
+    sp_control *c = calloc(1, sp_control_bytes(1));
+    int wire[2];
+    uint8_t got[256];
+    sp_control_init(c, 1, 1);
+    CHECK_EQ(sp_control_add_block(c, 0, "ram", (uint64_t)RAM * SP_PAGE_BYTES), 0);
+    CHECK_EQ(sp_control_add_block(c, 1, "g", 3ULL * GIGANTIC * SP_PAGE_BYTES), 1);
+    CHECK_EQ(sp_control_set_source_page(c, 0, 3 << 20), -EINVAL);
+    CHECK_EQ(sp_control_set_source_page(c, 0, 4 << 20), -EINVAL); /* not whole ones */
+    CHECK_EQ(sp_control_set_source_page(c, 0, 2 << 20), 0);
+    CHECK_EQ(sp_control_set_source_page(c, 1, 1 << 30), 0);
+    CHECK_EQ(sp_control_publish(c, 2, 512), 0);
+    CHECK_EQ(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, wire), 0);
+    sp_bits_set(wanted, HUGE + 3, 1);
+    sp_bits_set(wanted, HUGE + 300, 1);
+    sp_bits_set(wanted, 2 * HUGE - 1, 1);
+    sp_bits_set(wanted, 4 * HUGE - 2, 4); /* over an edge */
+    sp_bits_set(here, 0, HUGE + 100);
+    uint64_t g = c->blocks[1].first_bit;
+    sp_bits_set(wanted, g + 2 * GIGANTIC - 1, 2); /* each is the most that one may ask for */
+    sp_return_path *rp = sp_rp_new(c, wire[0]);
+    sp_rp_arm(rp, here, wanted);
+    sp_rp_stop(rp);
+    CHECK_EQ(sp_rp_loop(rp), SP_STOPPED);
+    CHECK_EQ(read(wire[1], got, sizeof got), sizeof HUGE_ONES);
+    CHECK(memcmp(got, HUGE_ONES, sizeof HUGE_ONES) == 0);
+    CHECK(sp_rp_request(c, wire[0], 0, 0, HUGE + 300)); /* a fault loop's own */
+    CHECK_EQ(read(wire[1], got, sizeof got), 20);
+    CHECK(memcmp(got, HUGE_ONES, 20) == 0);
+    sp_rp_free(rp);
+    close(wire[0]);
+    close(wire[1]);
+    free(c);
+}
+
 /* One that never ends would ask for nothing new and never stop. */
 static void check_more_than_fits(void)
 {
@@ -325,6 +371,7 @@ void return_path_suite(void)
     check_stuck_wire();
     check_stop_in_turn();
     check_again();
+    check_huge();
     check_more_than_fits();
     check_bitmaps();
     check_own_requests();

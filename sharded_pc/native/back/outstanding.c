@@ -2,6 +2,15 @@
 
 enum { MOST_PAGES = 1 << 18 /* QEMU reads an int of bytes */ };
 
+/* The request for what is left of a run, and where to go on behind it: a page of the source's memory
+ * is asked for once, however many of its pages are outstanding. */
+static uint64_t ask(const sp_block *b, sp_desc *d)
+{
+    sp_whole_source_pages(b, &d->first_page, &d->pages);
+    d->pages = d->pages < MOST_PAGES ? d->pages : MOST_PAGES;
+    return d->first_page + d->pages;
+}
+
 bool sp_rp_next_outstanding(sp_return_path *rp, sp_desc *d)
 {
     if (atomic_exchange(&rp->again, 0))
@@ -17,7 +26,7 @@ bool sp_rp_next_outstanding(sp_return_path *rp, sp_desc *d)
                 if (!sp_bit_test(rp->received, bit))
                     *d = (sp_desc){page, run, 0, rp->again_block, SP_DESC_REQUEST};
             }
-            rp->again_page += run;
+            rp->again_page = d->pages ? ask(b, d) : page + run;
             if (d->pages)
                 return true;
         }

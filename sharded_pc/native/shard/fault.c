@@ -92,6 +92,19 @@ static void request(sp_worker *w, uint32_t guest, const fault *f)
     sp_bell_ring(&w->control->requests);
 }
 
+/* Whether this fault has to ask for its page: one request is enough for a page of the source's
+ * memory.  Its last page arrives last, so its bits say whether that request is on its way; the bits
+ * are set before the request, so one that is lost is asked for again (back/outstanding.h). */
+static bool claim(sp_worker *w, const fault *f)
+{
+    const sp_block *b = &w->control->blocks[f->block];
+    if (!sp_bit_claim(w->requested, b->first_bit + f->page))
+        return false;
+    uint64_t last = sp_source_last(b, f->page);
+    return last == f->page || sp_bit_claim(w->requested, b->first_bit + last) ||
+           sp_bit_test(w->received, b->first_bit + last);
+}
+
 static bool handle(sp_worker *w, uint32_t guest, const fault *f, uint64_t now)
 {
     uint64_t bit = w->control->blocks[f->block].first_bit + f->page;
@@ -102,7 +115,7 @@ static bool handle(sp_worker *w, uint32_t guest, const fault *f, uint64_t now)
         return ok;
     }
     sp_waiter_note(w->shard, bit, now);
-    if (sp_bit_claim(w->requested, bit))
+    if (claim(w, f))
         request(w, guest, f);
     /* The page may have come before the claim was visible to the placement loop: look again. */
     if (!sp_bit_test(w->received, bit))

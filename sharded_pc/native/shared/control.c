@@ -69,7 +69,17 @@ int sp_control_add_block(sp_control *c, uint32_t index, const char *name, uint64
             return -EEXIST;
     memcpy(c->blocks[index].name, name, len + 1);
     c->blocks[index].bytes = bytes;
+    c->blocks[index].source_pages = 1;
     return (int)index;
+}
+
+int sp_control_set_source_page(sp_control *c, uint32_t index, uint64_t bytes)
+{
+    bool power = bytes && (bytes & (bytes - 1)) == 0;
+    if (!power || bytes < SP_PAGE_BYTES || c->blocks[index].bytes % bytes)
+        return -EINVAL;
+    c->blocks[index].source_pages = bytes / SP_PAGE_BYTES;
+    return 0;
 }
 
 void sp_control_set_placement(sp_control *c, uint32_t placement, const char *reason)

@@ -15,7 +15,7 @@
 #include "shared/bitmap.h"
 #include "shared/ring.h"
 
-#define SP_CONTROL_MAGIC 0x6374726c73706335ULL /* "ctrlspc5" */
+#define SP_CONTROL_MAGIC 0x6374726c73706336ULL /* "ctrlspc6" */
 #define SP_PAGE_BYTES 4096u
 #define SP_POOL_SLOTS 256u /* tmp pages of a shard: 1 MiB, the most a requested page waits behind */
 #define SP_MAX_BLOCKS 250u /* an attaching guest gets one descriptor per block in one message */
@@ -34,6 +34,8 @@ typedef struct sp_block {
     uint64_t bytes;        /* used_length */
     uint64_t first_bit;    /* of this block in the bitmaps, a multiple of 64 */
     uint64_t first_stripe; /* running stripe number of the block's first stripe */
+    uint64_t source_pages; /* target pages of one page of the source's memory: 1, or 512 and more if
+                            * it is hugetlbfs; the source discards, is asked for and sends these whole */
 } sp_block;
 
 /* When a guest's fault on a page was read.  One entry per hash: a collision loses a sample of the
@@ -137,6 +139,9 @@ void sp_control_take_over(sp_control *c, uint32_t owner);
 void sp_rp_take_back(sp_control *c, uint32_t shard);
 /* Appends a block before sp_control_publish; returns its index or -errno (E2BIG, EINVAL, EEXIST). */
 int sp_control_add_block(sp_control *c, uint32_t index, const char *name, uint64_t bytes);
+/* Before sp_control_publish: the page size of the source's memory for a block, a power of two; 0 or
+ * -EINVAL if the block is not whole pages of it. */
+int sp_control_set_source_page(sp_control *c, uint32_t index, uint64_t bytes);
 /* Before sp_control_publish: how pages become visible, and why that way. */
 void sp_control_set_placement(sp_control *c, uint32_t placement, const char *reason);
 /* Sets the stripe size, computes the stripes and makes the geometry visible. */
@@ -164,6 +169,20 @@ static inline uint64_t sp_stripe_rest(const sp_control *c, const sp_block *b, ui
 {
     uint64_t rest = c->stripe_pages - page % c->stripe_pages, left = sp_block_pages(b) - page;
     return rest < left ? rest : left;
+}
+
+/* Widens a run of pages to whole pages of the source's memory. */
+static inline void sp_whole_source_pages(const sp_block *b, uint64_t *first, uint64_t *pages)
+{
+    uint64_t end = *first + *pages + b->source_pages - 1;
+    *first -= *first % b->source_pages;
+    *pages = end - end % b->source_pages - *first;
+}
+
+/* The last page of that page of the source's memory which `page` is in. */
+static inline uint64_t sp_source_last(const sp_block *b, uint64_t page)
+{
+    return page - page % b->source_pages + b->source_pages - 1;
 }
 
 /* Latency samples of a shard (control.c). */

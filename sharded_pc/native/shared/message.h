@@ -10,7 +10,8 @@ enum { LARGEST_REQUEST = 4 + 12 + 1 + 255 };
 
 /* The last `bytes` bytes of v, big-endian; what stands behind them. */
 uint8_t *sp_put(uint8_t *to, uint64_t v, int bytes);
-/* One request at `to`, with the block's name or without; its length. */
+/* One request at `to`, with the block's name or without; its length.  It asks for whole pages of the
+ * source's memory: QEMU's source asserts that from 8.0 on (migration/ram.c ram_save_queue_pages). */
 size_t sp_put_request(const sp_control *c, uint8_t *to, const sp_desc *d, bool named);
 
 #endif

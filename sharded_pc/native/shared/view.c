@@ -90,6 +90,7 @@ int sp_view_block(sp_control *c, uint32_t index, sp_block_view *v)
     v->bytes = b->bytes;
     v->first_bit = b->first_bit;
     v->first_stripe = b->first_stripe;
+    v->source_page = b->source_pages * SP_PAGE_BYTES;
     return 0;
 }
 

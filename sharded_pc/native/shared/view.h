@@ -30,7 +30,7 @@ typedef struct sp_shard_view {
 
 typedef struct sp_block_view {
     char name[256];
-    uint64_t bytes, first_bit, first_stripe;
+    uint64_t bytes, first_bit, first_stripe, source_page; /* bytes */
 } sp_block_view;
 
 enum { SP_AT_START = 0, SP_AT_SETUP = 1, SP_AT_STOPPED = 2, SP_AT_RUNNING = 3, SP_AT_ENDED = 4 };

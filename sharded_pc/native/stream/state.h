@@ -68,10 +68,11 @@ typedef struct sp_ram {
     uint8_t trash[SP_PAGE_BYTES];
 } sp_ram;
 
-/* Whole pages of the block, at least one. */
+/* Whole pages of the block's memory at the source, at least one. */
 static inline bool sp_is_whole(const sp_block *b, uint64_t start, uint64_t bytes)
 {
-    return start % SP_PAGE_BYTES == 0 && bytes % SP_PAGE_BYTES == 0 && bytes &&
+    uint64_t page = b->source_pages * SP_PAGE_BYTES;
+    return start % page == 0 && bytes % page == 0 && bytes &&
            bytes <= b->bytes && start <= b->bytes - bytes;
 }
 

@@ -156,6 +156,14 @@ sp_status sp_stream_read(sp_stream *s, uint8_t *dst, size_t n, size_t *got, int 
     return SP_OK;
 }
 
+sp_status sp_stream_peek(sp_stream *s, uint8_t *dst, size_t n, int timeout_ms)
+{
+    sp_status st = sp_stream_need(s, n, sizeof s->buf, timeout_ms);
+    if (st == SP_OK)
+        memcpy(dst, s->buf + s->pos, n);
+    return st;
+}
+
 sp_status sp_stream_some(sp_stream *s, uint8_t *dst, size_t n, size_t *got, int timeout_ms)
 {
     sp_status st = sp_stream_need(s, 1, sizeof s->buf, timeout_ms);

@@ -37,6 +37,8 @@ uint64_t sp_stream_offset(const sp_stream *s);
 sp_status sp_stream_need(sp_stream *s, size_t n, size_t most, int timeout_ms);
 /* Copies exactly n bytes out; *got carries progress over SP_AGAIN. */
 sp_status sp_stream_read(sp_stream *s, uint8_t *dst, size_t n, size_t *got, int timeout_ms);
+/* The same of n <= SP_STREAM_BUFFER bytes that stay unread. */
+sp_status sp_stream_peek(sp_stream *s, uint8_t *dst, size_t n, int timeout_ms);
 /* Whatever is there, at least one byte and at most n. */
 sp_status sp_stream_some(sp_stream *s, uint8_t *dst, size_t n, size_t *got, int timeout_ms);
 /* One scattered read; *got bytes (> 0) on SP_OK.  The buffer must be empty. */
