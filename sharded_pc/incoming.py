@@ -173,6 +173,10 @@ def bad_record(outcome: Records, ram: Ram, blocks: Sequence[RamBlock]) -> Remote
         Records.UNKNOWN_BLOCK: lambda: ram_text.unknown_block(ram.unknown_name),
         Records.OUTSIDE_BLOCK: lambda: ram_text.outside_block(ram.header, blocks[ram.bad_block]),
         Records.BAD_FILL: lambda: ram_text.bad_fill(ram.fill, ram.header),
+        Records.NOT_IN_POSTCOPY: lambda: ram_text.not_in_postcopy(ram.header),
+        Records.BAD_ENCODING: lambda: ram_text.bad_encoding(ram.fill, ram.header),
+        Records.BAD_LENGTH: lambda: ram_text.bad_length(ram.encoded, ram.header),
+        Records.BAD_ENCODED: lambda: ram_text.bad_encoded(ram.encoded, ram.header),
     }[outcome]()
     error.offset = ram.record_offset
     return error

@@ -290,14 +290,6 @@ class TestSourceGivesUp:
 class TestRefusals:
     """What a source may not use is named."""
 
-    def test_xbzrle(self, tmp_path, unique_name, binary):
-        with booted(tmp_path, binary, writes=True) as source:
-            source.set_capabilities(xbzrle=True)
-            source.set_parameters(xbzrle_cache_size=MEMORY_MIB * MIB)
-            with Receiver(tmp_path, unique_name) as receiver:
-                begin_precopy(source, receiver.uri(), rate=256 * MIB)
-                check_refused(source, receiver, 4, "xbzrle")
-
     def test_compress(self, tmp_path, unique_name, binary):
         if binary.version >= (9, 1):
             pytest.skip("n/a: QEMU 9.1 has no capability compress any more")

@@ -128,7 +128,6 @@ GOOD = (
 
 _UNSUPPORTED = {
     RamFlag.FULL: "an obsolete 'full' record",
-    RamFlag.XBZRLE: "an xbzrle page (turn the source's xbzrle capability off)",
     RamFlag.HOOK: "an RDMA record (migrate over tcp: or unix:)",
     RamFlag.COMPRESS_PAGE: "a compressed page (turn the source's compress capability off)",
     RamFlag.MULTIFD_FLUSH: "a multifd record (turn the source's multifd capability off)",
@@ -160,7 +159,7 @@ _BAD_FLAGS = (
 def _unsupported() -> Iterator[Case]:
     for flag, what in _UNSUPPORTED.items():
         yield _bad(f"unsupported {flag.name}", f"the source sends {what}", header(flag, 0x3000))
-    for flag in (RamFlag.XBZRLE, RamFlag.COMPRESS_PAGE):
+    for flag in (RamFlag.COMPRESS_PAGE,):
         error = f"the source sends {_UNSUPPORTED[flag]}"
         yield _bad(
             f"{flag.name} that goes on", error, zero("pc.ram", 1), header(flag | 0x20, 0x3000)

@@ -23,7 +23,7 @@ from sharded_pc.native.control import POOL_BYTES_PER_SHARD, Bitmap, Control, con
 from sharded_pc.native.ram import NotYet, Ram, Records, Stop, Stream
 from sharded_pc.native.shard import Shard
 from sharded_pc.native.uffd import Uffd
-from sharded_pc.wire import events
+from sharded_pc.wire import events, xbzrle
 from sharded_pc.wire.feed import Feed
 from sharded_pc.wire.ram import Channel
 from sharded_pc.wire.steps import TELL, Parser
@@ -67,6 +67,10 @@ class Image:
         if not (self._first_wins and page in self._pages[block]):
             self._pages[block][page] = data or bytes(PAGE_BYTES)
 
+    def patch(self, block: str, page: int, encoded: bytes) -> None:
+        old = self._pages[block].get(page, bytes(PAGE_BYTES))
+        self._pages[block][page] = xbzrle.patched(old, encoded)
+
     def seen(self, sections: list[int]) -> Seen:
         memory = {}
         for block in self._blocks:
@@ -107,6 +111,7 @@ class Reference:
     def _reader(self, image: Image, sections: list[int]) -> Parser:
         """All sections; their events become pages of the image on the way."""
         channel = Channel({block.name: block for block in self._blocks})
+        channel.postcopy = self.first_wins
         while True:
             yield from _applied(channel.records(), image)
             sections.append((yield TELL))
@@ -125,6 +130,9 @@ def _applied(records: Parser, image: Image) -> Parser:
                 answer = None
             case events.RamZeroPage(block, offset):
                 image.put(block, offset // PAGE_BYTES, None)
+                answer = None
+            case events.RamXbzrle(block, offset, encoded):
+                image.patch(block, offset // PAGE_BYTES, encoded)
                 answer = None
             case _:
                 answer = yield want

@@ -40,6 +40,10 @@ class Records(enum.Enum):
     UNKNOWN_BLOCK = enum.auto()
     OUTSIDE_BLOCK = enum.auto()
     BAD_FILL = enum.auto()
+    NOT_IN_POSTCOPY = enum.auto()
+    BAD_ENCODING = enum.auto()
+    BAD_LENGTH = enum.auto()
+    BAD_ENCODED = enum.auto()
 
 
 class Stop:
@@ -244,6 +248,11 @@ class Ram:
         return self.raw.fill
 
     @property
+    def encoded(self) -> int:
+        """Bytes of the last encoded page."""
+        return self.raw.encoded
+
+    @property
     def bad_block(self) -> int:
         """Index of the block that a record left."""
         return self.raw.bad_block
@@ -264,4 +273,8 @@ _OUTCOMES = {
     lib.SP_UNKNOWN_BLOCK: Records.UNKNOWN_BLOCK,
     lib.SP_OUTSIDE_BLOCK: Records.OUTSIDE_BLOCK,
     lib.SP_BAD_FILL: Records.BAD_FILL,
+    lib.SP_NOT_IN_POSTCOPY: Records.NOT_IN_POSTCOPY,
+    lib.SP_BAD_ENCODING: Records.BAD_ENCODING,
+    lib.SP_BAD_LENGTH: Records.BAD_LENGTH,
+    lib.SP_BAD_ENCODED: Records.BAD_ENCODED,
 }

@@ -47,6 +47,15 @@ class RamZeroPage:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class RamXbzrle:
+    """A page's difference to what stands there (reference reader only): xbzrle.patched()."""
+
+    block: str
+    offset: int
+    encoded: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class RamSectionEnd:
     """EOS and footer of a `ram` section were seen."""
 

@@ -88,6 +88,7 @@ def read_stream(on_blocks: Callable[[tuple[RamBlock, ...]], None] | None = None)
     channel = Channel(blocks)
 
     def records() -> Parser:
+        channel.postcopy = reader.switched
         parser = channel.records(reader.page_sizes)
         answer = None
         while True:

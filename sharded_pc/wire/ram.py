@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from sharded_pc.errors import RemoteProtocolError
 from sharded_pc.geometry import MAX_SOURCE_PAGE_BYTES, PAGE_BYTES, RamBlock
 from sharded_pc.wire import constants as c
-from sharded_pc.wire import events
+from sharded_pc.wire import events, xbzrle
 from sharded_pc.wire.constants import RamFlag
 from sharded_pc.wire.steps import TELL, Parser, Peek, counted_text, number, text
 
@@ -56,6 +56,38 @@ def bad_fill(fill: int, header: int) -> RemoteProtocolError:
     )
 
 
+def not_in_postcopy(header: int) -> RemoteProtocolError:
+    return RemoteProtocolError(f"{_encoded(header)} in postcopy, where there can be none")
+
+
+def bad_encoding(encoding: int, header: int) -> RemoteProtocolError:
+    return RemoteProtocolError(
+        f"xbzrle page at offset {header & OFFSET_MASK:#x} in encoding {encoding}, "
+        f"expected {xbzrle.ENCODING}"
+    )
+
+
+def bad_length(length: int, header: int) -> RemoteProtocolError:
+    return RemoteProtocolError(
+        f"{_encoded(header)} of {length} bytes, expected at most {_MOST_ENCODED[_kind(header)]}"
+    )
+
+
+def bad_encoded(length: int, header: int) -> RemoteProtocolError:
+    return RemoteProtocolError(f"{_encoded(header)} of {length} bytes does not decode to a page")
+
+
+def _kind(header: int) -> RamFlag:
+    return RamFlag(header & _KIND_MASK)
+
+
+def _encoded(header: int) -> str:
+    return f"{_kind(header).name} record at offset {header & OFFSET_MASK:#x}"
+
+
+_MOST_ENCODED = {RamFlag.XBZRLE: PAGE_BYTES}
+
+
 def before_block_list(header: int) -> RemoteProtocolError:
     return RemoteProtocolError(f"RAM record {header:#x} before the block list")
 
@@ -68,7 +100,7 @@ def _refuse(header: int) -> RemoteProtocolError:
     flags = RamFlag(header & _KIND_MASK)
     continues = header & RamFlag.CONTINUE
     # Only page-like records may continue a block.
-    pagelike = flags in (RamFlag.XBZRLE, RamFlag.COMPRESS_PAGE)
+    pagelike = flags == RamFlag.COMPRESS_PAGE
     if flags in c.UNSUPPORTED_RECORDS and (pagelike or not continues):
         return unsupported(header)
     return bad_flags(header)
@@ -81,6 +113,8 @@ class Channel:
     def __init__(self, blocks: Mapping[str, RamBlock]) -> None:
         self._blocks = blocks
         self._block: RamBlock | None = None
+        self.postcopy = False
+        """set by the driver from LISTENING on"""
 
     def records(self, page_sizes: int | None = None) -> Parser:
         """The events of one section's records, through EOS.  `page_sizes`: as first_record()."""
@@ -105,15 +139,38 @@ class Channel:
                 raise second_block_list()
             case flags if flags & _KIND_MASK in (RamFlag.PAGE, RamFlag.ZERO):
                 yield from self._page(header)
+            case flags if flags & _KIND_MASK == RamFlag.XBZRLE:
+                yield from self._xbzrle(header)
             case _:
                 raise _refuse(header)
         return False
 
-    def _page(self, header: int) -> Parser:
+    def _xbzrle(self, header: int) -> Parser:
+        if self.postcopy:
+            raise not_in_postcopy(header)
+        block = yield from self._within(header)
+        encoding = yield from number(1)
+        if encoding != xbzrle.ENCODING:
+            raise bad_encoding(encoding, header)
+        size = yield from number(2)
+        if size > _MOST_ENCODED[RamFlag.XBZRLE]:
+            raise bad_length(size, header)
+        encoded = bytes((yield size)) if size else b""
+        if xbzrle.patched(bytes(PAGE_BYTES), encoded) is None:
+            raise bad_encoded(size, header)
+        self._block = block
+        yield events.RamXbzrle(block.name, header & OFFSET_MASK, encoded)
+
+    def _within(self, header: int) -> Parser:
+        """The block of a record for one page of it."""
         block = yield from self._locate(header)
-        offset = header & OFFSET_MASK
-        if offset >= block.size:
+        if header & OFFSET_MASK >= block.size:
             raise outside_block(header, block)
+        return block
+
+    def _page(self, header: int) -> Parser:
+        block = yield from self._within(header)
+        offset = header & OFFSET_MASK
         if header & RamFlag.ZERO:
             fill = yield from number(1)
             if fill:

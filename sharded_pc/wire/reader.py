@@ -42,6 +42,8 @@ class StreamReader:
         self._ram_over = False
         self.page_sizes: int | None = None
         """of the source's RAM, their bitwise OR; None before POSTCOPY_ADVISE"""
+        self.switched = False
+        """a package has come"""
 
     def events(self) -> Parser:
         """All events of the stream; returns after EOF (and VMDESCRIPTION, if one follows)."""
@@ -152,6 +154,7 @@ class StreamReader:
             self.page_sizes = event.page_sizes
         if isinstance(event, events.Packaged):
             yield from package.parse((yield from _package(event.length)))
+            self.switched = True
 
     def _start(self) -> Parser:
         section = yield from number(4)

@@ -110,6 +110,13 @@ def zero_page(block: str | None, offset: int, fill: int = 0) -> bytes:
     return _record(offset | RamFlag.ZERO) + _name(block) + bytes([fill])
 
 
+def xbzrle_page(block: str | None, offset: int, encoded: bytes, encoding: int = 1) -> bytes:
+    """One XBZRLE record (xbzrle.difference)."""
+    head = _record(offset | RamFlag.XBZRLE | (RamFlag.CONTINUE if block is None else 0))
+    name = b"" if block is None else _name(block)
+    return head + name + struct.pack(">BH", encoding, len(encoded)) + encoded
+
+
 def eof() -> bytes:
     return bytes([Section.EOF])
 

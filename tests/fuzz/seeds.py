@@ -141,8 +141,10 @@ def _ram() -> Iterable[bytes]:
     record = struct.pack(">QB", 0x2008, 6) + b"pc.ram"
     refused = _word(raw, len(record) - 1) + record + _word(payload, 31) + _word(raw, 7) + bytes(8)
     later = _word(other) + run + mixed + _word(eos) + run
+    delta = _word(other, 2) + b"\x0a\0\2ab\x90\x03\3abc"
     for world in range(8):
         yield bytes([world]) + run + mixed + _word(eos, 3) + run + _word(deliver)
+        yield bytes([world]) + run + delta + _word(deliver, 3) + delta + mixed + delta
         yield bytes([world]) + run + _word(other, 1) + b"\4\7\0" + later
         yield bytes([world]) + mixed + _word(other, 30) + b"\x10" + later + refused
 

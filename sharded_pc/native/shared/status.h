@@ -24,7 +24,11 @@ typedef enum sp_status {
     SP_EMPTY_NAME = 21,
     SP_UNKNOWN_BLOCK = 22,
     SP_OUTSIDE_BLOCK = 23,
-    SP_BAD_FILL = 24      /* zero page with a fill byte other than 0 */
+    SP_BAD_FILL = 24,     /* zero page with a fill byte other than 0 */
+    SP_NOT_IN_POSTCOPY = 25, /* a record kind of precopy alone */
+    SP_BAD_ENCODING = 26, /* xbzrle page in an encoding other than 1 */
+    SP_BAD_LENGTH = 27,   /* encoded page of more bytes than it can have */
+    SP_BAD_ENCODED = 28   /* encoded page that does not decode to a page */
 } sp_status;
 
 #endif

@@ -2,10 +2,12 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "stream/precopy.h"
 #include "stream/straight.h"
+#include "stream/xbzrle.h"
 
 static sp_status failed(sp_ram *r, int err)
 {
@@ -79,4 +81,47 @@ sp_status sp_precopy_zero(sp_ram *r, uint64_t page)
     int rc = fallocate(r->block_fd[r->block], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                        (off_t)(page * SP_PAGE_BYTES), SP_PAGE_BYTES);
     return rc ? failed(r, errno) : SP_OK;
+}
+
+/* What is not received may hold anything (`continue`) and counts as zeros: a source has sent nothing
+ * there that it could build on. */
+static sp_status read_page(sp_ram *r, uint32_t block, uint64_t page, uint8_t *bytes)
+{
+    off_t at = (off_t)(page * SP_PAGE_BYTES);
+    ssize_t n = 0;
+    memset(bytes, 0, SP_PAGE_BYTES);
+    if (sp_bit_test(r->received, r->control->blocks[block].first_bit + page))
+        while ((n = pread(r->block_fd[block], bytes, SP_PAGE_BYTES, at)) < 0 && errno == EINTR) {
+        }
+    return n < 0 ? failed(r, errno) : SP_OK;
+}
+
+/* By descriptor, as all that comes out of the stream's buffer. */
+static sp_status write_page(sp_ram *r, uint32_t block, uint64_t page, const uint8_t *bytes)
+{
+    uint64_t bit = r->control->blocks[block].first_bit + page;
+    for (size_t done = 0; done < SP_PAGE_BYTES;) {
+        off_t at = (off_t)(page * SP_PAGE_BYTES + done);
+        ssize_t w = pwrite(r->block_fd[block], bytes + done, SP_PAGE_BYTES - done, at);
+        if (w < 0 && errno == EINTR)
+            continue;
+        if (w <= 0)
+            return failed(r, w ? errno : ENOSPC);
+        done += (size_t)w;
+    }
+    sp_bits_set(r->received, bit, 1);
+    if (r->written)
+        sp_bits_set(r->written, bit, 1);
+    r->page = page;
+    return SP_OK;
+}
+
+sp_status sp_precopy_xbzrle(sp_ram *r, uint32_t block, const uint8_t *encoded, size_t n)
+{
+    uint8_t bytes[SP_PAGE_BYTES];
+    uint64_t page = r->header / SP_PAGE_BYTES;
+    sp_status st = read_page(r, block, page, bytes);
+    if (st != SP_OK)
+        return st;
+    return sp_xbzrle_patch(bytes, encoded, n) ? write_page(r, block, page, bytes) : SP_BAD_ENCODED;
 }

@@ -8,6 +8,8 @@
 #include "stream/precopy.h"
 #include "stream/route.h"
 
+enum { XBZRLE_ENCODING = 1 }; /* QEMU migration/ram.c ENCODING_FLAG_XBZRLE */
+
 sp_ram *sp_ram_new(sp_stream *s, sp_control *c, sp_word *received, sp_word *requested,
                    uint8_t *pool, _Atomic uint32_t *stop)
 {
@@ -153,6 +155,38 @@ static sp_status page_record(sp_ram *r)
     return SP_OK;
 }
 
+/* What is left of an encoded page behind `taken` bytes, its length among them. */
+static sp_status encoded_rest(sp_ram *r, size_t taken, size_t most)
+{
+    return r->encoded > most ? SP_BAD_LENGTH : need(r, taken + r->encoded);
+}
+
+/* u8 encoding, be16 length, the difference to the page as it stands, which may have come just now. */
+static sp_status xbzrle_record(sp_ram *r)
+{
+    size_t taken = 8;
+    uint32_t block;
+    if (r->postcopy)
+        return SP_NOT_IN_POSTCOPY;
+    sp_status st = locate(r, &taken, &block);
+    if (st != SP_OK || (st = need(r, taken + 1)) != SP_OK)
+        return st;
+    r->fill = r->stream->buf[r->stream->pos + taken];
+    if (r->fill != XBZRLE_ENCODING)
+        return SP_BAD_ENCODING;
+    if ((st = need(r, taken + 3)) != SP_OK)
+        return st;
+    const uint8_t *p = r->stream->buf + r->stream->pos + taken;
+    r->encoded = (uint32_t)(p[1] << 8 | p[2]);
+    taken += 3;
+    if ((st = encoded_rest(r, taken, SP_PAGE_BYTES)) != SP_OK || (st = sp_hand_all(r)) != SP_OK)
+        return st;
+    st = sp_precopy_xbzrle(r, block, r->stream->buf + r->stream->pos + taken, r->encoded);
+    if (st == SP_OK)
+        enter_block(r, block, taken + r->encoded);
+    return st;
+}
+
 /* Takes one record header; a PAGE leaves `in_page` set. */
 static sp_status take_header(sp_ram *r)
 {
@@ -175,9 +209,10 @@ static sp_status take_header(sp_ram *r)
         r->stream->pos += 8;
         r->mem_size = r->header & ~0xfffULL;
         return SP_MEM_SIZE;
+    case SP_RAM_XBZRLE:
+    case SP_RAM_XBZRLE | SP_RAM_CONTINUE:
+        return xbzrle_record(r);
     case 0x01:
-    case 0x40:
-    case 0x40 | SP_RAM_CONTINUE:
     case 0x80:
     case 0x100:
     case 0x100 | SP_RAM_CONTINUE:

@@ -19,7 +19,8 @@ enum {
     SP_RAM_MEM_SIZE = 0x04,
     SP_RAM_PAGE = 0x08,
     SP_RAM_EOS = 0x10,
-    SP_RAM_CONTINUE = 0x20
+    SP_RAM_CONTINUE = 0x20,
+    SP_RAM_XBZRLE = 0x40
 };
 
 typedef struct sp_ram {
@@ -58,7 +59,8 @@ typedef struct sp_ram {
     int err;
     uint64_t header;   /* the record's be64 */
     uint64_t at;       /* stream offset of the record */
-    uint32_t fill;
+    uint32_t fill;     /* the zero page's; of SP_BAD_ENCODING the encoding */
+    uint32_t encoded;  /* bytes of an encoded page */
     uint32_t bad_block; /* of SP_OUTSIDE_BLOCK */
     uint32_t shard;    /* of SP_SHARD_FAILED */
     char name[256];    /* of SP_UNKNOWN_BLOCK */

@@ -183,6 +183,17 @@ static void request(program *p, unsigned n)
     sp_bits_set(p->w->requested, world_bit(p->w, 0, first), n < left ? n : left);
 }
 
+static void delta(program *p)
+{
+    uint8_t head[3] = {1, 0, next(p)};
+    size_t left = (size_t)(p->end - p->at), n = head[2] < left ? head[2] : left;
+    head[2] = (uint8_t)n;
+    put_header(p, SP_RAM_XBZRLE, 0);
+    put(p, head, sizeof head);
+    put(p, p->at, n);
+    p->at += n;
+}
+
 static void other(program *p, unsigned arg)
 {
     switch (arg & 3) {
@@ -191,6 +202,9 @@ static void other(program *p, unsigned arg)
         break;
     case 1:
         discard(p);
+        break;
+    case 2:
+        delta(p);
         break;
     default:
         request(p, arg);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 
+from sharded_pc.wire import writer
 from tests import wire_cases, wire_twins
 from tests.fuzz.pieces import cut
 from tests.wire_cases import RAM, ROM
@@ -16,6 +17,8 @@ TOKENS = (
     *(wire_cases.page(None, number).raw for number in (2, 3, 63, 64, 129, 130)),
     *(wire_cases.zero(name, 1).raw for name in (None, *(block.name for block in BLOCKS))),
     *(wire_cases.zero(None, number).raw for number in (1, 2, 64, 129, 130)),
+    *(writer.xbzrle_page(None, 4096 * n, b"\0\2ab\x90\x03\1c") for n in (1, 2, 64)),
+    writer.xbzrle_page("pc.ram", 4096, b"\5\1x"),
 )
 
 
