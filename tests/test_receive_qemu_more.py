@@ -290,15 +290,6 @@ class TestSourceGivesUp:
 class TestRefusals:
     """What a source may not use is named."""
 
-    def test_compress(self, tmp_path, unique_name, binary):
-        if binary.version >= (9, 1):
-            pytest.skip("n/a: QEMU 9.1 has no capability compress any more")
-        with booted(tmp_path, binary) as source:
-            source.set_capabilities(compress=True)
-            with Receiver(tmp_path, unique_name) as receiver:
-                begin_precopy(source, receiver.uri(), rate=64 * MIB)
-                check_refused(source, receiver, 4, "compress")
-
     def test_multifd(self, tmp_path, unique_name, binary):
         with booted(tmp_path, binary) as source:
             source.set_capabilities(multifd=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import zlib
 
 import pytest
 from hypothesis import given
@@ -13,9 +14,11 @@ from sharded_pc.errors import RemoteProtocolError
 from sharded_pc.geometry import PAGE_BYTES
 from sharded_pc.wire import writer as w
 from sharded_pc.wire import xbzrle
+from sharded_pc.wire.compressed import deflated
 from sharded_pc.wire.feed import read_stream
 from tests import wire_cases as cases
 from tests import wire_twins as twins
+from tests.test_wire_ram import READERS, check, named
 from tests.wire_cases import BLOCKS, EOS, Case, Record, data, header, page, zero
 
 PRECOPY = {
@@ -135,6 +138,65 @@ def test_there_is_none_in_postcopy(reader):
         seen = under_test.run([stream])
     assert seen.error == "XBZRLE record at offset 0x5000 in postcopy, where there can be none"
     assert seen.memory["pc.ram"][5 * PAGE_BYTES : 6 * PAGE_BYTES] == FIVE
+
+
+def packed(block: str | None, number: int, content: int, level: int = 1) -> Record:
+    raw = w.compressed_page(block, number * PAGE_BYTES, deflated(data(content), level))
+    return Record(raw, block, number, content)
+
+
+def zlib_bytes(raw: bytes) -> Record:
+    return Record(w.compressed_page("pc.ram", 0x3000, raw), "pc.ram", 3)
+
+
+COMPRESSED = (
+    Case("one", (packed("pc.ram", 5, 5), EOS)),
+    Case("stored, as long as it can be", (packed("pc.ram", 5, 5, 0), EOS)),
+    Case("among others", (page("pc.ram", 5), packed(None, 6, 6), zero(None, 7), packed(None, 8, 8),
+                          page(None, 9), EOS)),
+    Case("over a stripe's edge", (packed("pc.ram", 62, 1),
+                                  *(packed(None, n, n) for n in range(63, 67)), EOS)),
+    Case("twice", (packed("pc.ram", 5, 1), packed(None, 5, 2), page(None, 5, 3), EOS)),
+    Case("data, then twice", (page("pc.ram", 5, 1), packed(None, 5, 2), zero(None, 5), EOS)),
+    Case("several blocks", (packed("pc.ram", 5, 1), packed(cases.ROM.name, 1, 2), page(None, 0),
+                            EOS)),
+)  # fmt: skip
+NOT_A_PAGE = {
+    "nothing": b"",
+    "rubbish": b"rubbish",
+    "cut": deflated(data(1))[:-1],
+    "a byte too many": deflated(bytes(PAGE_BYTES)) + b"x",
+    "less than a page": zlib.compress(bytes(PAGE_BYTES - 1)),
+    "more than a page": zlib.compress(bytes(PAGE_BYTES + 1)),
+    "a bomb": zlib.compress(bytes(1 << 20)),
+}
+NOT_COMPRESSED = (
+    *(Case(name, (EOS, zlib_bytes(raw)), error=
+           f"COMPRESS_PAGE record at offset 0x3000 of {len(raw)} bytes does not decode to a page")
+      for name, raw in NOT_A_PAGE.items()),
+    Case("too long", (EOS, zlib_bytes(bytes(4111))), error=
+         "COMPRESS_PAGE record at offset 0x3000 of 4111 bytes, expected at most 4110"),
+    Case("no block", (EOS, header(0x120, 0x1000)), error=
+         "RAM record 0x1120 continues a block, but none was named yet"),
+    Case("outside", (EOS, packed("pc.ram", 130, 1)), error=
+         "RAM record for offset 0x82000 outside block 'pc.ram' of 0x82000 bytes"),
+)  # fmt: skip
+
+
+def some(cut: cases.Cut) -> cases.Cut:
+    return lambda case: itertools.islice(cut(case), 0, None, 7)
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("case", named((*COMPRESSED, *NOT_COMPRESSED)))
+def test_a_compressed_page(case, reader, cut):
+    check(reader, case, some(cut))
+
+
+@pytest.mark.parametrize("case", named(COMPRESSED))
+def test_compressed_pages_a_guest_waits_for(case):
+    check(twins.Awaited, case, some(cases.split))
 
 
 def test_there_is_none_behind_a_package():

@@ -129,7 +129,6 @@ GOOD = (
 _UNSUPPORTED = {
     RamFlag.FULL: "an obsolete 'full' record",
     RamFlag.HOOK: "an RDMA record (migrate over tcp: or unix:)",
-    RamFlag.COMPRESS_PAGE: "a compressed page (turn the source's compress capability off)",
     RamFlag.MULTIFD_FLUSH: "a multifd record (turn the source's multifd capability off)",
 }
 assert _UNSUPPORTED.keys() == c.UNSUPPORTED_RECORDS.keys()
@@ -159,11 +158,6 @@ _BAD_FLAGS = (
 def _unsupported() -> Iterator[Case]:
     for flag, what in _UNSUPPORTED.items():
         yield _bad(f"unsupported {flag.name}", f"the source sends {what}", header(flag, 0x3000))
-    for flag in (RamFlag.COMPRESS_PAGE,):
-        error = f"the source sends {_UNSUPPORTED[flag]}"
-        yield _bad(
-            f"{flag.name} that goes on", error, zero("pc.ram", 1), header(flag | 0x20, 0x3000)
-        )
 
 
 def _bad_flags() -> Iterator[Case]:

@@ -13,6 +13,7 @@ from sharded_pc.native.alias import Alias
 from sharded_pc.native.control import Bitmap, Control
 from sharded_pc.native.core import ensure_object, ffi, lib, system_error
 from sharded_pc.native.guests import Guests
+from sharded_pc.wire.compressed import inflated
 
 
 class Stopped(ShardedPcError):
@@ -188,7 +189,11 @@ class Ram:
     def records(self) -> Records:
         """Reads records until EOS, MEM_SIZE or a bad record; WireClosed, Stopped, HostError,
         ShardError."""
-        status = lib.sp_ram_records(self.raw)
+        while (status := lib.sp_ram_records(self.raw)) == lib.SP_COMPRESSED:
+            page = inflated(bytes(ffi.buffer(self.raw.compressed, self.encoded)))
+            if page is None:
+                return Records.BAD_ENCODED
+            self._finish(lib.sp_ram_inflated(self.raw, page))
         raise_for(status, self.raw.err)
         self._check_shard(status)
         return _OUTCOMES[status]

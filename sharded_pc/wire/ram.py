@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from sharded_pc.errors import RemoteProtocolError
 from sharded_pc.geometry import MAX_SOURCE_PAGE_BYTES, PAGE_BYTES, RamBlock
+from sharded_pc.wire import compressed, events, xbzrle
 from sharded_pc.wire import constants as c
-from sharded_pc.wire import events, xbzrle
 from sharded_pc.wire.constants import RamFlag
 from sharded_pc.wire.steps import TELL, Parser, Peek, counted_text, number, text
 
@@ -85,7 +85,7 @@ def _encoded(header: int) -> str:
     return f"{_kind(header).name} record at offset {header & OFFSET_MASK:#x}"
 
 
-_MOST_ENCODED = {RamFlag.XBZRLE: PAGE_BYTES}
+_MOST_ENCODED = {RamFlag.XBZRLE: PAGE_BYTES, RamFlag.COMPRESS_PAGE: compressed.MOST_BYTES}
 
 
 def before_block_list(header: int) -> RemoteProtocolError:
@@ -98,10 +98,8 @@ def second_block_list() -> RemoteProtocolError:
 
 def _refuse(header: int) -> RemoteProtocolError:
     flags = RamFlag(header & _KIND_MASK)
-    continues = header & RamFlag.CONTINUE
-    # Only page-like records may continue a block.
-    pagelike = flags == RamFlag.COMPRESS_PAGE
-    if flags in c.UNSUPPORTED_RECORDS and (pagelike or not continues):
+    # Only page-like records may continue a block, and these are none.
+    if flags in c.UNSUPPORTED_RECORDS and not header & RamFlag.CONTINUE:
         return unsupported(header)
     return bad_flags(header)
 
@@ -141,6 +139,8 @@ class Channel:
                 yield from self._page(header)
             case flags if flags & _KIND_MASK == RamFlag.XBZRLE:
                 yield from self._xbzrle(header)
+            case flags if flags & _KIND_MASK == RamFlag.COMPRESS_PAGE:
+                yield from self._compressed(header)
             case _:
                 raise _refuse(header)
         return False
@@ -160,6 +160,17 @@ class Channel:
             raise bad_encoded(size, header)
         self._block = block
         yield events.RamXbzrle(block.name, header & OFFSET_MASK, encoded)
+
+    def _compressed(self, header: int) -> Parser:
+        block = yield from self._within(header)
+        size = yield from number(4)
+        if size > _MOST_ENCODED[RamFlag.COMPRESS_PAGE]:
+            raise bad_length(size, header)
+        page = compressed.inflated(bytes((yield size)) if size else b"")
+        if page is None:
+            raise bad_encoded(size, header)
+        self._block = block
+        yield events.RamPage(block.name, header & OFFSET_MASK, page)
 
     def _within(self, header: int) -> Parser:
         """The block of a record for one page of it."""

@@ -117,6 +117,13 @@ def xbzrle_page(block: str | None, offset: int, encoded: bytes, encoding: int = 
     return head + name + struct.pack(">BH", encoding, len(encoded)) + encoded
 
 
+def compressed_page(block: str | None, offset: int, data: bytes) -> bytes:
+    """One COMPRESS_PAGE record (compressed.deflated)."""
+    head = _record(offset | RamFlag.COMPRESS_PAGE | (RamFlag.CONTINUE if block is None else 0))
+    name = b"" if block is None else _name(block)
+    return head + name + struct.pack(">I", len(data)) + data
+
+
 def eof() -> bytes:
     return bytes([Section.EOF])
 

@@ -28,7 +28,8 @@ typedef enum sp_status {
     SP_NOT_IN_POSTCOPY = 25, /* a record kind of precopy alone */
     SP_BAD_ENCODING = 26, /* xbzrle page in an encoding other than 1 */
     SP_BAD_LENGTH = 27,   /* encoded page of more bytes than it can have */
-    SP_BAD_ENCODED = 28   /* encoded page that does not decode to a page */
+    SP_BAD_ENCODED = 28,  /* encoded page that does not decode to a page */
+    SP_COMPRESSED = 29    /* zlib data, Python inflates it: sp_ram_inflated() */
 } sp_status;
 
 #endif

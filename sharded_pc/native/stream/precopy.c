@@ -125,3 +125,11 @@ sp_status sp_precopy_xbzrle(sp_ram *r, uint32_t block, const uint8_t *encoded, s
         return st;
     return sp_xbzrle_patch(bytes, encoded, n) ? write_page(r, block, page, bytes) : SP_BAD_ENCODED;
 }
+
+sp_status sp_precopy_whole(sp_ram *r, uint64_t page, const uint8_t *bytes)
+{
+    sp_status st = write_page(r, r->block, page, bytes);
+    if (st == SP_OK)
+        sp_count(&r->control->totals.normal, 1);
+    return st;
+}

@@ -8,7 +8,10 @@
 #include "stream/precopy.h"
 #include "stream/route.h"
 
-enum { XBZRLE_ENCODING = 1 }; /* QEMU migration/ram.c ENCODING_FLAG_XBZRLE */
+enum {
+    XBZRLE_ENCODING = 1, /* QEMU migration/ram.c ENCODING_FLAG_XBZRLE */
+    MOST_COMPRESSED = SP_PAGE_BYTES + 14 /* zlib's compressBound() of a page */
+};
 
 sp_ram *sp_ram_new(sp_stream *s, sp_control *c, sp_word *received, sp_word *requested,
                    uint8_t *pool, _Atomic uint32_t *stop)
@@ -187,6 +190,31 @@ static sp_status xbzrle_record(sp_ram *r)
     return st;
 }
 
+/* be32 length, zlib data. */
+static sp_status compressed_record(sp_ram *r)
+{
+    size_t taken = 8;
+    uint32_t block;
+    sp_status st = locate(r, &taken, &block);
+    if (st != SP_OK || (st = need(r, taken + 4)) != SP_OK)
+        return st;
+    memcpy(&r->encoded, r->stream->buf + r->stream->pos + taken, 4);
+    r->encoded = __builtin_bswap32(r->encoded);
+    taken += 4;
+    if ((st = encoded_rest(r, taken, MOST_COMPRESSED)) != SP_OK || (st = sp_hand_all(r)) != SP_OK)
+        return st;
+    r->compressed = r->stream->buf + r->stream->pos + taken;
+    r->record = taken + r->encoded;
+    return SP_COMPRESSED;
+}
+
+sp_status sp_ram_inflated(sp_ram *r, const uint8_t *page)
+{
+    enter_block(r, r->bad_block, r->record);
+    return r->postcopy ? sp_route_whole(r, r->header / SP_PAGE_BYTES, page)
+                       : sp_precopy_whole(r, r->header / SP_PAGE_BYTES, page);
+}
+
 /* Takes one record header; a PAGE leaves `in_page` set. */
 static sp_status take_header(sp_ram *r)
 {
@@ -212,10 +240,11 @@ static sp_status take_header(sp_ram *r)
     case SP_RAM_XBZRLE:
     case SP_RAM_XBZRLE | SP_RAM_CONTINUE:
         return xbzrle_record(r);
+    case SP_RAM_COMPRESSED:
+    case SP_RAM_COMPRESSED | SP_RAM_CONTINUE:
+        return compressed_record(r);
     case 0x01:
     case 0x80:
-    case 0x100:
-    case 0x100 | SP_RAM_CONTINUE:
     case 0x200:
         return SP_UNSUPPORTED;
     default:

@@ -19,7 +19,11 @@ void sp_ram_free(sp_ram *r);
 void sp_ram_go_straight(sp_ram *r, sp_word *written);
 /* A new section or a new channel: the next record must name its block (QEMU resets at setup). */
 void sp_ram_forget_block(sp_ram *r);
-/* Reads records until EOS, MEM_SIZE or trouble. */
+/* Reads records until EOS, MEM_SIZE or trouble; or until a compressed page, whose bytes are
+ * r->compressed then. */
 sp_status sp_ram_records(sp_ram *r);
+/* After SP_COMPRESSED: these are its 4096 bytes.  The core does without zlib, which only sources
+ * before QEMU 9.1 ask for. */
+sp_status sp_ram_inflated(sp_ram *r, const uint8_t *page);
 
 #endif

@@ -255,3 +255,16 @@ sp_status sp_route_payload(sp_ram *r)
     s->pos += n;
     return r->got == SP_PAGE_BYTES ? commit(r, index) : SP_OK;
 }
+
+sp_status sp_route_whole(sp_ram *r, uint64_t page, const uint8_t *bytes)
+{
+    uint32_t index = sp_shard_of(r->control, &r->control->blocks[r->block], page);
+    r->in_page = 1;
+    r->page = page;
+    r->dst = NULL;
+    r->got = 0;
+    sp_status st = settle_page(r, index);
+    if (st == SP_OK)
+        st = store(r, bytes, SP_PAGE_BYTES);
+    return st == SP_OK ? commit(r, index) : st;
+}

@@ -20,7 +20,8 @@ enum {
     SP_RAM_PAGE = 0x08,
     SP_RAM_EOS = 0x10,
     SP_RAM_CONTINUE = 0x20,
-    SP_RAM_XBZRLE = 0x40
+    SP_RAM_XBZRLE = 0x40,
+    SP_RAM_COMPRESSED = 0x100
 };
 
 typedef struct sp_ram {
@@ -61,6 +62,8 @@ typedef struct sp_ram {
     uint64_t at;       /* stream offset of the record */
     uint32_t fill;     /* the zero page's; of SP_BAD_ENCODING the encoding */
     uint32_t encoded;  /* bytes of an encoded page */
+    uint8_t *compressed; /* of SP_COMPRESSED: its bytes, in the stream's buffer */
+    size_t record;     /* of SP_COMPRESSED: bytes of the record, which is not taken yet */
     uint32_t bad_block; /* of SP_OUTSIDE_BLOCK */
     uint32_t shard;    /* of SP_SHARD_FAILED */
     char name[256];    /* of SP_UNKNOWN_BLOCK */

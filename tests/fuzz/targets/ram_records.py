@@ -6,6 +6,7 @@ import atexit
 import functools
 
 from sharded_pc.wire import writer
+from sharded_pc.wire.compressed import deflated
 from tests import wire_cases, wire_twins
 from tests.fuzz.pieces import cut
 from tests.wire_cases import RAM, ROM
@@ -19,6 +20,7 @@ TOKENS = (
     *(wire_cases.zero(None, number).raw for number in (1, 2, 64, 129, 130)),
     *(writer.xbzrle_page(None, 4096 * n, b"\0\2ab\x90\x03\1c") for n in (1, 2, 64)),
     writer.xbzrle_page("pc.ram", 4096, b"\5\1x"),
+    *(writer.compressed_page(name, 8192, deflated(bytes(4096))) for name in (None, "pc.ram")),
 )
 
 
