@@ -22,6 +22,7 @@ from sharded_pc.memory import GuestMemory
 from sharded_pc.native.return_path import ReturnPath
 from sharded_pc.state import PostcopyState
 from sharded_pc.transport.candidates import second_channel
+from sharded_pc.transport.channels import Channel, Kind
 from sharded_pc.transport.incoming import Listener, Wire
 from sharded_pc.wire import return_path
 
@@ -52,7 +53,7 @@ class Connection:
         self._return_path: ReturnPath | None = None
         self._return_end: Future | None = None
         self._is_one_channel = False
-        self._second = asyncio.create_task(self._refuse_second_channel())
+        self._taking = asyncio.create_task(self._take_channels())
 
     async def receive(self, receiver: Receiver, record_fd: int = -1) -> None:
         """The whole stream, for `receiver`; raises what ended it too early."""
@@ -82,17 +83,32 @@ class Connection:
         self._wire.hang_up()
 
     def close(self) -> None:
-        self._second.cancel()
+        self._taking.cancel()
         self._listener.close()
         self._wire.close()
         self.ending.close()
 
     # Channels
 
-    async def _refuse_second_channel(self) -> None:
-        """Multifd (and 7.2's postcopy-preempt) opens its channels first of all; the source would
-        wait for them for ever.  The migration fails, the source's guest goes on."""
-        await self._listener.second_channel()
+    async def _take_channels(self) -> None:
+        while True:
+            self._take(await self._listener.channel())
+
+    def _take(self, channel: Channel) -> None:
+        """A further channel of the source, as soon as it has said what it is."""
+        match channel.kind:
+            case Kind.MULTIFD:
+                self._take_multifd(channel)
+            case _:
+                self._refuse(channel)
+
+    def _take_multifd(self, channel: Channel) -> None:
+        """Multifd opens its channels first of all; the source would wait for them for ever.  The
+        migration fails, the source's guest goes on."""
+        self._refuse(channel)
+
+    def _refuse(self, channel: Channel) -> None:
+        channel.sock.close()
         self._end_by_second_channel()
 
     def _end_by_second_channel(self) -> None:
@@ -108,7 +124,7 @@ class Connection:
     async def _stop_listening(self) -> None:
         """A newer source opens postcopy-preempt's channel as it switches.  It takes a refused
         connection well, but not (10.0.2) a stream that breaks at that moment."""
-        if self._second.cancel() and self._listener.is_second_silent():
+        if self._taking.cancel() and self._listener.is_second_silent():
             self._end_by_second_channel()
         self._listener.close()
 

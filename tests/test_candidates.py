@@ -17,6 +17,7 @@ import pytest
 from sharded_pc.address import TcpAddress, UnixAddress
 from sharded_pc.errors import RemoteProtocolError
 from sharded_pc.transport import candidates
+from sharded_pc.transport.channels import Kind
 from sharded_pc.transport.incoming import Listener, listen
 from tests.qemu import wait_until
 from tests.receiver import Receiver
@@ -24,9 +25,15 @@ from tests.synthetic import WAIT_S, connect, open_source
 
 MAGIC = b"QEVM\0\0\0\3"
 MULTIFD = b"\x11\x22\x33\x44"
+RECORDS = {
+    "page": (0x27110000 | 0x08).to_bytes(8, "big"),
+    "zero page": (0x1000 | 0x02).to_bytes(8, "big"),
+    "end": (0x10).to_bytes(8, "big"),
+}
 STRANGERS = {
     "rubbish": b"GET / HTTP/1.0\r\n",
     "a byte": b"\xff",
+    "no record of a page": b"\0\0\0\0\0\0\x10\x04",
     "an older stream": b"QEVM\0\0\0\2",
     "a port scan": None,
 }
@@ -218,12 +225,60 @@ def test_one_that_nobody_has_looked_at_yet_counts(run):
 def test_a_channel_of_multifd_is_told_at_once(run):
     async def scene(place: Place) -> None:
         listener = await found(place)
-        second = asyncio.ensure_future(listener.second_channel())
+        second = asyncio.ensure_future(listener.channel())
         place.connect(STRANGERS["rubbish"])
         await asyncio.sleep(0)
         assert not second.done()
         place.connect(MULTIFD)
-        await asyncio.wait_for(second, WAIT_S)
+        channel = await asyncio.wait_for(second, WAIT_S)
+        assert channel.kind is Kind.MULTIFD and channel.sock.recv(99) == MULTIFD
+        channel.sock.close()
+
+    run(scene)
+
+
+@pytest.mark.parametrize("where", ["early", "late"])
+@pytest.mark.parametrize("record", RECORDS)
+def test_pages_without_a_magic_are_postcopy_preempt(run, where, record):
+    """7.2's channel is there before its source is known, a newer one comes at the switch; both
+    speak late, and byte by byte if the wire is slow."""
+
+    async def scene(place: Place) -> None:
+        early = place.connect() if where == "early" else None
+        listener = await found(place)
+        coming = asyncio.ensure_future(listener.channel())
+        sock = early or place.connect()
+        for byte in RECORDS[record]:
+            assert not coming.done()
+            sock.sendall(bytes([byte]))
+            await asyncio.sleep(0)
+        channel = await asyncio.wait_for(coming, WAIT_S)
+        assert channel.kind is Kind.PREEMPT and channel.sock.recv(99) == RECORDS[record]
+        channel.sock.close()
+
+    run(scene)
+
+
+def test_pages_from_another_host_are_a_stranger(tmp_path, caplog):
+    async def scene() -> None:
+        place = Place("tcp", tmp_path)
+        place.accepting = asyncio.ensure_future(place.listener.accept())
+        listener = await found(place)
+        await closed(place.connect(RECORDS["page"], host="127.0.0.2"))
+        listener.close()
+        place.close()
+
+    asyncio.run(scene())
+    assert "127.0.0.2 closed: it is no source" in caplog.text
+
+
+def test_a_channel_that_nobody_took_is_closed(run):
+    async def scene(place: Place) -> None:
+        listener = await found(place)
+        sock = place.connect(RECORDS["page"])
+        await asyncio.sleep(0.05)
+        listener.close()
+        await closed(sock)
 
     run(scene)
 
@@ -232,7 +287,7 @@ def test_a_channel_of_multifd_is_told_at_once(run):
 def test_a_stranger_in_set_up_is_nobody(run, caplog, who):
     async def scene(place: Place) -> None:
         listener = await found(place)
-        second = asyncio.ensure_future(listener.second_channel())
+        second = asyncio.ensure_future(listener.channel())
         stranger = place.connect(STRANGERS.get(who, MAGIC))
         if stranger.fileno() >= 0:
             await closed(stranger)

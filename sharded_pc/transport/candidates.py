@@ -1,17 +1,12 @@
-"""Who connects where a source is awaited, and which of them is the source.
+"""Who connects where a source is awaited, which of them is the source, and what its channels are.
 
 Anybody can connect: a source, a further channel of it, a port scan, a forgotten netcat.  What they
-say first tells them apart; it is peeked at, so that the stream's reader meets it again.
+say first tells them apart (channels.py); it is peeked at, so that who reads on meets it again.
 
-==================  ==============================================================================
-the stream's magic  the source, if none is found yet
-RECV_BITMAP         the source of a paused migration, where that is awaited: a recovery's stream
-                    has no magic (migration/migration.c, postcopy_do_resume)
-multifd's magic     a channel of multifd (migration/multifd.c, MULTIFD_MAGIC)
-nothing             7.2's postcopy-preempt channel if it comes from where the source does, which
-                    only the first RAM after set-up makes certain; else a stranger
-anything else, EOF  a stranger: closed with a line in the log, and forgotten
-==================  ==============================================================================
+Three steps for each: it is accepted, it is looked at (`_look`), it is judged by its first bytes
+(`_judge`).  Further channels count only if they come from where the source does.  Who says nothing
+yet and comes from there may be the channel of postcopy-preempt, and may take its time; anybody else
+is a stranger: closed with a line in the log, and forgotten.
 """
 
 from __future__ import annotations
@@ -20,13 +15,20 @@ import asyncio
 import contextlib
 import logging
 import socket
-import struct
 
 from sharded_pc.errors import HostError, RemoteProtocolError
 from sharded_pc.transport.accepting import Acceptor
+from sharded_pc.transport.channels import (
+    MOST_BYTES,
+    RECOVERY,
+    SOURCE,
+    Channel,
+    Kind,
+    kind_of,
+    may_go_on,
+)
 from sharded_pc.transport.fds import readable
 from sharded_pc.transport.peers import peer_of
-from sharded_pc.wire import constants as c
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +39,6 @@ LOOK_AGAIN_SECONDS = 0.02
 """Between two looks at half a magic, which keeps the socket readable."""
 MAX_CANDIDATES = 128
 """At a time; more wait in the queue, so that strangers cannot take all descriptors."""
-SOURCE = struct.pack(">II", c.FILE_MAGIC, c.FILE_VERSION)
-RECOVERY = struct.pack(">BH", c.Section.COMMAND, c.Cmd.RECV_BITMAP)
-MULTIFD = struct.pack(">I", c.MULTIFD_MAGIC)
 
 
 def second_channel(state: str | None = None) -> RemoteProtocolError:
@@ -53,8 +52,8 @@ def second_channel(state: str | None = None) -> RemoteProtocolError:
 class Candidates:
     """Everybody who connects to one listening socket, which is closed with it.
 
-    `source()` finds the source; from then on `second()` waits for another channel of it, until
-    `is_second_silent()` has the last word and close() lets everybody else go.
+    `source()` finds the source; from then on `channel()` gives its further channels, one by one,
+    each with its kind, until close() lets everybody else go.
     """
 
     def __init__(self, sock: socket.socket, wanted: bytes = SOURCE) -> None:
@@ -65,21 +64,24 @@ class Candidates:
         self._room = asyncio.Semaphore(MAX_CANDIDATES)
         self._looking: dict[socket.socket, asyncio.Task] = {}
         self._accepting: asyncio.Task | None = None
-        self._found: asyncio.Future[socket.socket]
-        self._source: socket.socket | None = None
+        self._found: asyncio.Future[Channel]
         self._peer = ""
-        self._second = asyncio.Event()
+        self._taken: set[socket.socket] = set()
+        """not ours to close any more"""
+        self._further: asyncio.Queue[Channel] = asyncio.Queue()
+        self._has_multifd = False
 
-    async def source(self) -> socket.socket:
-        """Called once.  RemoteProtocolError if a channel of multifd comes first; HostError."""
+    async def source(self) -> Channel:
+        """The main channel.  Called once.  RemoteProtocolError if a channel of multifd comes first;
+        HostError."""
         self._found = asyncio.get_running_loop().create_future()
         self._accepting = asyncio.create_task(self._accept())
         self._accepting.add_done_callback(lambda _: self._sock.close())
         return await self._found
 
-    async def second(self) -> None:
-        """Returns when a second channel has said that it is one."""
-        await self._second.wait()
+    async def channel(self) -> Channel:
+        """The next further channel of the source that has said what it is."""
+        return await self._further.get()
 
     def is_second_silent(self) -> bool:
         """Whether one is open that says nothing and comes from where the source does: QEMU's
@@ -87,7 +89,7 @@ class Candidates:
         with contextlib.suppress(OSError):
             while (sock := self._acceptor.take()) is not None:
                 self._look_at(sock)
-        silent = [_peer(s) for s in self._looking if s is not self._source and _is_silent(s)]
+        silent = [_peer(s) for s in self._looking if s not in self._taken and _is_silent(s)]
         if self._peer in silent:
             return True
         for peer in silent:
@@ -98,6 +100,8 @@ class Candidates:
         """Each task closes its own socket, behind its last look at it."""
         for task in self._looking.values():
             task.cancel()
+        while not self._further.empty():
+            self._further.get_nowait().sock.close()
         if self._accepting is None:
             self._sock.close()
         else:
@@ -120,7 +124,7 @@ class Candidates:
     def _let_go(self, sock: socket.socket) -> None:
         del self._looking[sock]
         self._room.release()
-        if sock is not self._source:
+        if sock not in self._taken:
             sock.close()
 
     async def _look(self, sock: socket.socket, peer: str) -> None:
@@ -141,20 +145,32 @@ class Candidates:
             return await _opening(sock)
 
     def _judge(self, sock: socket.socket, peer: str, opening: bytes) -> None:
-        new = self._wanted == SOURCE
-        if new and opening.startswith(MULTIFD) and self._peer in ("", peer):
-            self._second.set()
-            if not self._found.done():
-                self._found.set_exception(second_channel())
-        elif opening.startswith(self._wanted) and not self._found.done():
-            self._source, self._peer = sock, peer
-            self._found.set_result(sock)
+        kind = kind_of(opening, self._wanted)
+        is_found = self._found.done()
+        if kind is Kind.MAIN and not is_found:
+            self._peer = peer
+            self._found.set_result(self._take(kind, sock, peer))
+        elif kind is Kind.MULTIFD and self._wanted == SOURCE and self._peer in ("", peer):
+            self._multifd(self._take(kind, sock, peer))
+        elif kind is Kind.PREEMPT and is_found and self._peer == peer:
+            self._further.put_nowait(self._take(kind, sock, peer))
         else:
-            self._tell(peer, _describe(opening, awaits_new=new))
+            self._tell(peer, _describe(opening, awaits_new=self._wanted == SOURCE))
+
+    def _take(self, kind: Kind, sock: socket.socket, peer: str) -> Channel:
+        self._taken.add(sock)
+        return Channel(kind, sock, peer)
+
+    def _multifd(self, channel: Channel) -> None:
+        """It may come before the source's main channel, which this receiver then does not await."""
+        self._has_multifd = True
+        self._further.put_nowait(channel)
+        if not self._found.done():
+            self._found.set_exception(second_channel())
 
     def _tell(self, peer: str, why: str) -> None:
         """Not when the migration fails: then the source closes its connections one by one."""
-        if not self._second.is_set():
+        if not self._has_multifd:
             log.warning("connection from %s closed: %s", peer, why)
 
 
@@ -163,25 +179,21 @@ async def _opening(sock: socket.socket) -> bytes:
     while True:
         await readable(sock)
         with contextlib.suppress(BlockingIOError):
-            seen = sock.recv(len(SOURCE), socket.MSG_PEEK)
-            if not seen or not _may_go_on(seen):
+            seen = sock.recv(MOST_BYTES, socket.MSG_PEEK)
+            if not seen or not may_go_on(seen):
                 return seen
             await asyncio.sleep(LOOK_AGAIN_SECONDS)
 
 
-def _may_go_on(seen: bytes) -> bool:
-    """A magic's beginning, not yet the whole."""
-    return any(magic.startswith(seen) and magic != seen for magic in (SOURCE, MULTIFD, RECOVERY))
-
-
 def _is_silent(sock: socket.socket) -> bool:
-    """It is open and has said nothing, or that it is a channel of multifd."""
+    """It is open and has said nothing, or that it is a further channel: nobody looked yet."""
     try:
-        return sock.recv(len(MULTIFD), socket.MSG_PEEK) == MULTIFD
+        seen = sock.recv(MOST_BYTES, socket.MSG_PEEK)
     except BlockingIOError:
         return True
     except OSError:
         return False
+    return kind_of(seen, SOURCE) in (Kind.MULTIFD, Kind.PREEMPT)
 
 
 def _describe(opening: bytes, *, awaits_new: bool) -> str:

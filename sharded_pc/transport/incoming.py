@@ -17,7 +17,8 @@ from collections.abc import Callable
 from sharded_pc import address as addr
 from sharded_pc.errors import HostError, UsageError
 from sharded_pc.transport.accepting import BACKLOG
-from sharded_pc.transport.candidates import RECOVERY, SOURCE, Candidates
+from sharded_pc.transport.candidates import Candidates
+from sharded_pc.transport.channels import RECOVERY, SOURCE, Channel
 from sharded_pc.transport.liveness import watch_peer
 
 log = logging.getLogger(__name__)
@@ -72,9 +73,9 @@ class Listener:
         """RemoteProtocolError if the source opens several connections; HostError."""
         raise NotImplementedError
 
-    async def second_channel(self) -> None:
-        """Returns when the source has opened a second connection."""
-        await asyncio.get_running_loop().create_future()
+    async def channel(self) -> Channel:
+        """The next further channel of the source; for ever where there can be none."""
+        return await asyncio.get_running_loop().create_future()
 
     def is_second_silent(self) -> bool:
         """When the source sends RAM: it has opened a second one and says nothing there."""
@@ -94,10 +95,10 @@ class _SocketListener(Listener):
 
     async def accept(self) -> Wire:
         keep_alive = getattr(self.address, "keep_alive", addr.KeepAlive())
-        return _from_socket(await self._candidates.source(), keep_alive)
+        return _from_socket((await self._candidates.source()).sock, keep_alive)
 
-    async def second_channel(self) -> None:
-        await self._candidates.second()
+    async def channel(self) -> Channel:
+        return await self._candidates.channel()
 
     def is_second_silent(self) -> bool:
         return self._candidates.is_second_silent()
