@@ -357,8 +357,74 @@ static void direct_requests(void)
     free(d);
 }
 
+/* The main channel's loop bets on pages that are not received and writes into them, the preempt
+ * channel's loop claims pages, writes and publishes them: no bet ever lands on a published page, and
+ * the two never write one page at a time. */
+enum { ROUNDS = 2000, BLOCK_PAGES = 200, STAKE = 24 };
+
+typedef struct two_channels {
+    sp_ram *main, *preempt;
+    uint32_t payload[BLOCK_PAGES];
+    pthread_barrier_t round;
+} two_channels;
+
+static void *bet_on_pages(void *arg)
+{
+    two_channels *t = arg;
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        pthread_barrier_wait(&t->round);
+        for (uint64_t first = 0; first < BLOCK_PAGES; first++) {
+            uint64_t most = BLOCK_PAGES - first;
+            uint64_t n = sp_straight_announce(t->main, first, most < STAKE ? most : STAKE);
+            for (uint64_t i = 0; i < n; i++)
+                t->payload[first + i] = 1;
+            if (n)
+                sp_straight_retract(t->main);
+        }
+        pthread_barrier_wait(&t->round);
+    }
+    return NULL;
+}
+
+static void *claim_pages(void *arg)
+{
+    two_channels *t = arg;
+    sp_word *received = t->preempt->received;
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        sp_bits_clear(received, 0, BLOCK_PAGES);
+        pthread_barrier_wait(&t->round);
+        for (uint64_t i = 0; i < BLOCK_PAGES; i++) {
+            uint64_t page = i * 77 % BLOCK_PAGES;
+            CHECK(sp_straight_claim(t->preempt, page));
+            t->payload[page] = 2;
+            sp_bits_set(received, page, 1);
+            sp_straight_unclaim(t->preempt);
+        }
+        pthread_barrier_wait(&t->round);
+        for (uint64_t i = 0; i < BLOCK_PAGES; i++)
+            CHECK_EQ(t->payload[i], 2);
+    }
+    return NULL;
+}
+
+static void bets_and_claims(void)
+{
+    static two_channels t;
+    world *w = world_new(1);
+    world_go_straight(w);
+    t.main = w->ram;
+    t.preempt = sp_ram_new(w->stream, w->control, w->received, w->requested, w->pool, w->stop);
+    sp_ram_preempt(t.preempt, t.main);
+    CHECK_EQ(pthread_barrier_init(&t.round, NULL, 2), 0);
+    run_together(bet_on_pages, claim_pages, &t);
+    pthread_barrier_destroy(&t.round);
+    sp_ram_free(t.preempt);
+    world_free(w);
+}
+
 int main(void)
 {
+    bets_and_claims();
     ring_and_bells();
     claim_and_publish();
     one_claim_wins();

@@ -88,12 +88,14 @@ typedef struct sp_shard {
 
 /* Writer: the coordinator.  Relaxed. */
 typedef struct sp_totals {
-    _Atomic uint64_t transferred;   /* bytes taken off the wire */
+    _Atomic uint64_t transferred;   /* bytes taken off the main channel */
     _Atomic uint64_t normal;        /* page records, repeats included */
     _Atomic uint64_t duplicate;     /* zero-page records, QEMU's word for them */
     _Atomic uint64_t requests_sent; /* REQ_PAGES messages */
     _Atomic uint64_t discarded;     /* pages named by discards */
     _Atomic uint64_t spills;        /* scattered reads that guessed wrong */
+    _Atomic uint64_t preempt_bytes; /* taken off postcopy-preempt's channels, beside `transferred` */
+    _Atomic uint64_t preempt_pages; /* page and zero-page records that came there */
     _Atomic uint64_t started_ns, setup_ns, stopped_ns, running_ns, ended_ns; /* CLOCK_MONOTONIC */
 } sp_totals;
 

@@ -37,6 +37,8 @@ void sp_view_totals(sp_control *c, sp_totals_view *v)
     COPY(t, requests_sent);
     COPY(t, discarded);
     COPY(t, spills);
+    COPY(t, preempt_bytes);
+    COPY(t, preempt_pages);
     COPY(t, started_ns);
     COPY(t, setup_ns);
     COPY(t, stopped_ns);

@@ -15,7 +15,8 @@ typedef struct sp_control_view {
 } sp_control_view;
 
 typedef struct sp_totals_view {
-    uint64_t transferred, normal, duplicate, requests_sent, discarded, spills;
+    uint64_t transferred, normal, duplicate, requests_sent, discarded, spills, preempt_bytes,
+             preempt_pages;
     uint64_t started_ns, setup_ns, stopped_ns, running_ns, ended_ns;
 } sp_totals_view;
 

@@ -35,7 +35,7 @@ int sp_guests_add(sp_guests *g, uint32_t slot, const int *uffds, const uint64_t 
     return 0;
 }
 
-/* The stream's thread says `in_use`, then looks at `active`; here it is the other way round. */
+/* A channel's thread says `in_use`, then looks at `active`; here it is the other way round. */
 void sp_guests_drop(sp_guests *g, uint32_t slot)
 {
     atomic_store(&g->peers[slot].active, 0);
@@ -133,12 +133,19 @@ static void count(sp_control *c, uint32_t block, uint64_t page, const uint8_t *s
 bool sp_guests_give(sp_guests *g, sp_word *received, uint32_t block, uint64_t page,
                     const uint8_t *src)
 {
-    atomic_store(&g->in_use, 1);
+    atomic_fetch_add(&g->in_use, 1);
     bool given = g->control->placement == SP_PLACE_CONTINUE
                      ? give_by_continue(g, block, page)
                      : give_by_copy(g, received, block, page, src);
-    atomic_store(&g->in_use, 0);
+    atomic_fetch_sub(&g->in_use, 1);
     if (given)
         count(g->control, block, page, src);
     return given;
+}
+
+void sp_guests_wake(sp_guests *g, uint32_t block, uint64_t page)
+{
+    atomic_fetch_add(&g->in_use, 1);
+    wake_all(g, block, page);
+    atomic_fetch_sub(&g->in_use, 1);
 }

@@ -18,7 +18,7 @@ typedef struct sp_peer {
 
 typedef struct sp_guests {
     sp_control *control;
-    _Atomic uint32_t in_use; /* writer: the stream's thread, while it uses an entry */
+    _Atomic uint32_t in_use; /* how many use entries now; writers: the channels' threads */
     int fd[SP_MAX_BLOCKS];   /* the segments */
     sp_peer peers[SP_MAX_GUESTS];
 } sp_guests;
@@ -30,10 +30,12 @@ int sp_guests_add(sp_guests *g, uint32_t slot, const int *uffds, const uint64_t 
 /* Afterwards nobody uses the slot's descriptors. */
 void sp_guests_drop(sp_guests *g, uint32_t slot);
 
-/* The stream's thread: makes one page that a guest waits for visible and marks it received.
+/* A channel's thread: makes one page that a guest waits for visible and marks it received.
  * `copy`: its bytes stand at `src` (NULL: zeros), and there is one guest only; `continue`: it stands
  * in its block and is received.  False: not done, the worker has to. */
 bool sp_guests_give(sp_guests *g, sp_word *received, uint32_t block, uint64_t page,
                     const uint8_t *src);
+/* A channel's thread: whoever waits for the page looks again. */
+void sp_guests_wake(sp_guests *g, uint32_t block, uint64_t page);
 
 #endif

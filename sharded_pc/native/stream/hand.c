@@ -254,6 +254,11 @@ sp_status sp_hand_drain(sp_ram *r)
 
 sp_status sp_hand_all(sp_ram *r)
 {
+    if (r->main) { /* its pages are handed on one by one */
+        sp_count(&r->control->totals.preempt_bytes, r->stream->total - r->counted);
+        r->counted = r->stream->total;
+        return SP_OK;
+    }
     atomic_store_explicit(&r->control->totals.transferred, r->stream->total, memory_order_relaxed);
     sp_status st = r->postcopy ? SP_OK : sp_precopy_flush(r);
     return st == SP_OK ? sp_hand_flush(r) : st;

@@ -6,6 +6,7 @@
 
 #include "stream/hand.h"
 #include "stream/precopy.h"
+#include "stream/preempt.h"
 #include "stream/route.h"
 
 enum {
@@ -27,9 +28,16 @@ sp_ram *sp_ram_new(sp_stream *s, sp_control *c, sp_word *received, sp_word *requ
     r->stop = stop;
     r->timeout_ms = -1;
     r->guess = 4;
+    r->own_uffd = -1;
     for (uint32_t i = 0; i < SP_MAX_BLOCKS; i++)
         r->block_fd[i] = -1;
     return r;
+}
+
+void sp_ram_preempt(sp_ram *r, sp_ram *main)
+{
+    r->main = main;
+    r->postcopy = 1;
 }
 
 void sp_ram_go_straight(sp_ram *r, sp_word *written)
@@ -131,7 +139,10 @@ static sp_status zero_record(sp_ram *r)
     if (!r->postcopy && (st = sp_precopy_flush(r)) != SP_OK)
         return st;
     enter_block(r, block, taken + 1);
-    st = r->postcopy ? sp_hand_zero(r, page) : sp_precopy_zero(r, page);
+    if (r->main)
+        st = sp_preempt_zero(r, page);
+    else
+        st = r->postcopy ? sp_hand_zero(r, page) : sp_precopy_zero(r, page);
     if (st == SP_OK)
         sp_count(&r->control->totals.duplicate, 1);
     return st;
@@ -265,6 +276,19 @@ static sp_status precopy_payload(sp_ram *r)
     return SP_OK;
 }
 
+static sp_status preempt_payload(sp_ram *r)
+{
+    sp_status st = need(r, SP_PAGE_BYTES);
+    if (st != SP_OK)
+        return st;
+    if ((st = sp_preempt_page(r, r->stream->buf + r->stream->pos)) != SP_OK)
+        return st;
+    r->stream->pos += SP_PAGE_BYTES;
+    r->in_page = 0;
+    sp_count(&r->control->totals.normal, 1);
+    return SP_OK;
+}
+
 static sp_status ahead(sp_ram *r)
 {
     bool bet;
@@ -276,6 +300,8 @@ static sp_status ahead(sp_ram *r)
  * place already. */
 static sp_status step(sp_ram *r)
 {
+    if (r->main)
+        return r->in_page ? preempt_payload(r) : take_header(r);
     if (r->in_page)
         return r->postcopy || r->dst ? sp_route_payload(r) : precopy_payload(r);
     if ((r->postcopy || r->written) && r->have_block && sp_stream_unread(r->stream) == 0)

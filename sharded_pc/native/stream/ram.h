@@ -17,6 +17,8 @@ void sp_ram_free(sp_ram *r);
 /* `continue`: pages go straight into their blocks.  Before the first record; every block needs its
  * alias as well. */
 void sp_ram_go_straight(sp_ram *r, sp_word *written);
+/* `r` reads the channel of postcopy-preempt, beside `main`, which outlives its loop. */
+void sp_ram_preempt(sp_ram *r, sp_ram *main);
 /* A new section or a new channel: the next record must name its block (QEMU resets at setup). */
 void sp_ram_forget_block(sp_ram *r);
 /* Reads records until EOS, MEM_SIZE or trouble; or until a compressed page, whose bytes are

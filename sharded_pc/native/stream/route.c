@@ -102,7 +102,7 @@ typedef struct bet {
 static sp_status stakes(sp_ram *r, bet *b, uint64_t *most)
 {
     if (r->written) {
-        *most = sp_straight_bet(r, b->first, *most);
+        *most = sp_straight_announce(r, b->first, *most);
         return SP_OK;
     }
     sp_status st = sp_hand_await(r, b->shard, has_batch);
@@ -205,6 +205,19 @@ static sp_status settle(sp_ram *r, bet *b, size_t bytes)
     return SP_OK;
 }
 
+/* A bet on pages in their blocks does not last while the wire is quiet: nothing is read then, *got is
+ * 0, and the bet is placed anew. */
+static sp_status read_bet(sp_ram *r, bet *b, size_t *got)
+{
+    if (!r->written)
+        return sp_stream_scatter(r->stream, b->iov, b->n_iov, got, r->timeout_ms);
+    sp_status st = sp_stream_scatter_now(r->stream, b->iov, b->n_iov, got);
+    if (st != SP_AGAIN)
+        return st;
+    sp_straight_retract(r);
+    return sp_stream_wait(r->stream, r->timeout_ms);
+}
+
 sp_status sp_route_ahead(sp_ram *r, bool *bet_on)
 {
     bet b;
@@ -217,10 +230,14 @@ sp_status sp_route_ahead(sp_ram *r, bool *bet_on)
     if (st == SP_OK && !*bet_on)
         return SP_OK;
     if (st == SP_OK)
-        st = sp_stream_scatter(r->stream, b.iov, b.n_iov, &got, r->timeout_ms);
+        st = read_bet(r, &b, &got);
     if (st == SP_SYS) /* no memory for a page of the alias */
         r->err = r->stream->err == EFAULT && r->written ? ENOSPC : r->stream->err;
-    return st == SP_OK ? settle(r, &b, got) : st;
+    if (st == SP_OK && got)
+        st = settle(r, &b, got);
+    if (r->written)
+        sp_straight_retract(r);
+    return st;
 }
 
 static sp_status store(sp_ram *r, const uint8_t *bytes, size_t n)

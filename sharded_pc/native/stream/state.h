@@ -1,6 +1,7 @@
 /* Where a reader of RAM records stands, and what it works on: the files of this folder share it.
  *
- * Calls go one way: ram, discards -> route -> hand -> precopy -> straight -> this.
+ * Each channel has one, and one thread that uses it.  Calls go one way: ram, discards -> route ->
+ * hand -> precopy -> straight -> this; on the channel of postcopy-preempt ram -> preempt -> straight.
  */
 #ifndef SP_RAM_STATE_H
 #define SP_RAM_STATE_H
@@ -51,6 +52,17 @@ typedef struct sp_ram {
     uint64_t unfreed;               /* bit n: shard n only has tmp pages to free (`copy`) */
     sp_desc run;                    /* pages or zeros not handed to the ring yet */
     uint32_t run_shard;
+
+    /* What the two channels say to each other (`continue`; straight.h).  seq_cst: a Dekker pair. */
+    _Atomic uint64_t bet;           /* writer: this channel's loop */
+    _Atomic uint64_t claim;         /* writer: the preempt channel's loop, in the main channel's */
+
+    /* The channel of postcopy-preempt (preempt.c); set before its loop begins. */
+    struct sp_ram *main;            /* the main channel's; NULL: this is the main channel */
+    uint64_t counted;               /* bytes of it that are in the totals */
+    int own_uffd;                   /* `copy`: of our own mapping */
+    uint8_t *own[SP_MAX_BLOCKS];    /* `copy`: that mapping of each block, registered MISSING */
+    sp_word *unpunched;             /* `copy`: pages that a discard's punch left in place */
 
     struct iovec gather[SP_GATHER]; /* precopy pages not written yet; they point into the buffer */
     uint32_t n_gather;

@@ -6,11 +6,18 @@
  * received, and on none that is.  What a lost bet or an older version left there is remembered in
  * `written`: a zero page must overwrite it.
  *
+ * The preempt channel's loop writes and publishes pages meanwhile.  A bet lasts for one read that
+ * does not wait, and is announced; a page that the other loop is about to write is claimed.  Each
+ * side says its word first and looks at the other's then, so one of them sees the other: a bet is cut
+ * short before a claimed page, a claim waits for a bet.  Who claimed sets `received` before it lets
+ * go, and who bets looks at the claim before it looks at `received`.
+ *
  * Bytes from the stream's buffer are written by descriptor, for a store into a full tmpfs would be
  * SIGBUS; a read into the alias then fails with EFAULT.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -18,6 +25,16 @@
 #include "stream/straight.h"
 
 enum { ZERO_IOV = 64 };
+
+/* A bet in one word: its first bit and how many pages; 0: none. */
+enum { BET_SHIFT = 8 };
+static_assert(SP_GUESS < 1 << BET_SHIFT, "a bet fits its word");
+
+static bool covers(uint64_t bet, uint64_t bit)
+{
+    uint64_t first = bet >> BET_SHIFT, pages = bet & ((1 << BET_SHIFT) - 1);
+    return bit >= first && bit - first < pages;
+}
 
 static uint64_t bit_of(const sp_ram *r, uint64_t page)
 {
@@ -42,6 +59,44 @@ uint64_t sp_straight_bet(sp_ram *r, uint64_t first, uint64_t most)
     uint64_t pages = sp_bits_run(r->received, bit, most);
     sp_bits_set(r->written, bit, pages);
     return pages;
+}
+
+uint64_t sp_straight_announce(sp_ram *r, uint64_t first, uint64_t most)
+{
+    uint64_t bit = bit_of(r, first), claim;
+    if (most == 0)
+        return 0;
+    atomic_store(&r->bet, bit << BET_SHIFT | most);
+    claim = atomic_load(&r->claim);
+    if (claim > bit && claim - 1 - bit < most)
+        most = claim - 1 - bit;
+    uint64_t pages = sp_straight_bet(r, first, most);
+    if (pages == 0)
+        sp_straight_retract(r);
+    return pages;
+}
+
+void sp_straight_retract(sp_ram *r)
+{
+    atomic_store(&r->bet, 0);
+}
+
+bool sp_straight_claim(sp_ram *r, uint64_t bit)
+{
+    atomic_store(&r->main->claim, bit + 1);
+    while (covers(atomic_load(&r->main->bet), bit)) {
+        if (atomic_load(r->stop)) {
+            sp_straight_unclaim(r);
+            return false;
+        }
+        sched_yield();
+    }
+    return true;
+}
+
+void sp_straight_unclaim(sp_ram *r)
+{
+    atomic_store(&r->main->claim, 0);
 }
 
 static sp_status failed(sp_ram *r, int err)

@@ -5,8 +5,16 @@
 #include "stream/state.h"
 
 uint8_t *sp_straight_page(sp_ram *r); /* where the current page's payload lands */
-/* How many of at most `most` pages from `first` on a read may bet on; they count as written. */
+/* How many of at most `most` pages from `first` on are not received; they count as written. */
 uint64_t sp_straight_bet(sp_ram *r, uint64_t first, uint64_t most);
+/* The same for a read that may bring other pages than these: until sp_straight_retract the loop of
+ * the preempt channel keeps off them. */
+uint64_t sp_straight_announce(sp_ram *r, uint64_t first, uint64_t most);
+void sp_straight_retract(sp_ram *r);
+/* The preempt channel's loop: the main channel bets on the page no more when this returns, and does
+ * not before sp_straight_unclaim.  False: stopped. */
+bool sp_straight_claim(sp_ram *r, uint64_t bit);
+void sp_straight_unclaim(sp_ram *r);
 /* Buffered payload of the current page; `got` grows. */
 sp_status sp_straight_store(sp_ram *r, const uint8_t *bytes, size_t n);
 /* The current page and those behind it that stand whole in the buffer, as the next bet would have

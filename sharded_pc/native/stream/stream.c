@@ -88,7 +88,8 @@ static bool is_lost(int err)
     }
 }
 
-static sp_status read_wire(sp_stream *s, struct iovec *iov, int n_iov, size_t *got, int timeout_ms)
+/* SP_AGAIN: the wire is quiet. */
+static sp_status read_now(sp_stream *s, struct iovec *iov, int n_iov, size_t *got)
 {
     for (;;) {
         ssize_t n = readv(s->fd, iov, n_iov);
@@ -108,14 +109,24 @@ static sp_status read_wire(sp_stream *s, struct iovec *iov, int n_iov, size_t *g
             s->err = errno;
             return SP_EOF;
         }
-        if (errno != EAGAIN)
-            return failed(s, errno);
-        if (s->before_wait)
-            s->before_wait(s->before_wait_arg);
-        sp_status st = wait_readable(s, timeout_ms);
-        if (st != SP_OK)
-            return st;
+        return errno == EAGAIN ? SP_AGAIN : failed(s, errno);
     }
+}
+
+sp_status sp_stream_wait(sp_stream *s, int timeout_ms)
+{
+    if (s->before_wait)
+        s->before_wait(s->before_wait_arg);
+    return wait_readable(s, timeout_ms);
+}
+
+static sp_status read_wire(sp_stream *s, struct iovec *iov, int n_iov, size_t *got, int timeout_ms)
+{
+    sp_status st;
+    while ((st = read_now(s, iov, n_iov, got)) == SP_AGAIN)
+        if ((st = sp_stream_wait(s, timeout_ms)) != SP_OK)
+            break;
+    return st;
 }
 
 sp_status sp_stream_need(sp_stream *s, size_t n, size_t most, int timeout_ms)
@@ -175,4 +186,9 @@ sp_status sp_stream_some(sp_stream *s, uint8_t *dst, size_t n, size_t *got, int 
 sp_status sp_stream_scatter(sp_stream *s, struct iovec *iov, int n_iov, size_t *got, int timeout_ms)
 {
     return read_wire(s, iov, n_iov, got, timeout_ms);
+}
+
+sp_status sp_stream_scatter_now(sp_stream *s, struct iovec *iov, int n_iov, size_t *got)
+{
+    return read_now(s, iov, n_iov, got);
 }

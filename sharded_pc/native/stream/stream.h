@@ -45,6 +45,11 @@ sp_status sp_stream_some(sp_stream *s, uint8_t *dst, size_t n, size_t *got, int 
 sp_status sp_stream_scatter(sp_stream *s, struct iovec *iov, int n_iov, size_t *got,
                             int timeout_ms);
 
+/* The same, but SP_AGAIN at once if the wire is quiet. */
+sp_status sp_stream_scatter_now(sp_stream *s, struct iovec *iov, int n_iov, size_t *got);
+/* Until there is something to read. */
+sp_status sp_stream_wait(sp_stream *s, int timeout_ms);
+
 static inline size_t sp_stream_unread(const sp_stream *s)
 {
     return s->end - s->pos;
