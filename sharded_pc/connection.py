@@ -19,14 +19,19 @@ from sharded_pc.errors import HostError, RemoteProtocolError, ShardedPcError
 from sharded_pc.incoming import Incoming, Receiver
 from sharded_pc.loop_calls import from_stream
 from sharded_pc.memory import GuestMemory
+from sharded_pc.native.ram import Ram
 from sharded_pc.native.return_path import ReturnPath
+from sharded_pc.preempt import Preempt
 from sharded_pc.state import PostcopyState
-from sharded_pc.transport.candidates import second_channel
+from sharded_pc.transport.candidates import no_multifd
 from sharded_pc.transport.channels import Channel, Kind
 from sharded_pc.transport.incoming import Listener, Wire
 from sharded_pc.wire import return_path
 
 log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.001
+"""Enough for the event loop to look at a socket that has something to say."""
 
 
 class Connection:
@@ -52,12 +57,18 @@ class Connection:
         self._resumes = resumes
         self._return_path: ReturnPath | None = None
         self._return_end: Future | None = None
-        self._is_one_channel = False
+        self._has_begun = False
+        self._is_recorded = False
+        self._ends_preempt = False
+        self._further: list[Wire] = []
+        self._preempt = Preempt(memory, self.ending.stop, self._preempt_broken)
         self._taking = asyncio.create_task(self._take_channels())
 
     async def receive(self, receiver: Receiver, record_fd: int = -1) -> None:
         """The whole stream, for `receiver`; raises what ended it too early."""
         stop = self.ending.stop
+        self._preempt.receiver = receiver
+        self._is_recorded = record_fd >= 0
         incoming = Incoming(
             self._memory, self._wire.fd, stop, self, receiver, record_fd, resumes=self._resumes
         )
@@ -80,12 +91,15 @@ class Connection:
 
     def hang_up(self) -> None:
         """The peer sees the end of the wire now: workers keep it open until they get another."""
-        self._wire.hang_up()
+        for wire in (self._wire, *self._further):
+            wire.hang_up()
 
     def close(self) -> None:
         self._taking.cancel()
+        self._preempt.close()
         self._listener.close()
-        self._wire.close()
+        for wire in (self._wire, *self._further):
+            wire.close()
         self.ending.close()
 
     # Channels
@@ -99,34 +113,58 @@ class Connection:
         match channel.kind:
             case Kind.MULTIFD:
                 self._take_multifd(channel)
-            case _:
-                self._refuse(channel)
+            case Kind.PREEMPT:
+                self._take_preempt(channel)
 
     def _take_multifd(self, channel: Channel) -> None:
         """Multifd opens its channels first of all; the source would wait for them for ever.  The
         migration fails, the source's guest goes on."""
-        self._refuse(channel)
-
-    def _refuse(self, channel: Channel) -> None:
         channel.sock.close()
-        self._end_by_second_channel()
+        self.ending.because(no_multifd(self._memory.control.postcopy_state.name))
 
-    def _end_by_second_channel(self) -> None:
-        self.ending.because(second_channel(self._memory.control.postcopy_state.name))
+    def _take_preempt(self, channel: Channel) -> None:
+        wire = self._listener.wire(channel)
+        self._further.append(wire)
+        if self._is_recorded:
+            log.warning("the recording lacks what comes on the channel of postcopy-preempt")
+        try:
+            self._preempt.begin(wire.fd)
+        except ShardedPcError as error:
+            self.ending.because(error)
 
-    def one_channel(self) -> None:
+    def _preempt_broken(self, error: ShardedPcError) -> None:
+        """On its thread."""
+        self.loop.call_soon_threadsafe(self.ending.because, error)
+
+    def ram_begins(self) -> None:
         """Waited for, once: a source that must not get to its switch has no head start."""
-        if not self._is_one_channel:
-            self._is_one_channel = True
-            self._stop_listening()
+        if not self._has_begun:
+            self._has_begun = True
+            self._settle()
 
     @from_stream
-    async def _stop_listening(self) -> None:
-        """A newer source opens postcopy-preempt's channel as it switches.  It takes a refused
-        connection well, but not (10.0.2) a stream that breaks at that moment."""
-        if self._taking.cancel() and self._listener.is_second_silent():
-            self._end_by_second_channel()
-        self._listener.close()
+    async def _settle(self) -> None:
+        """Postcopy-preempt's channel says nothing before a page is asked for.  A source that has it
+        open before its switch (7.2) ends it with a word of its own."""
+        early = self._memory.control.postcopy_state <= PostcopyState.ADVISE
+        self._ends_preempt = self._listener.settle() and early and not self._resumes
+        await asyncio.sleep(LOOK_SECONDS)  # whoever has spoken is heard before the source goes on
+
+    @from_stream
+    async def _has_preempt(self) -> bool:
+        """There is such a channel, or one that may yet say that it is."""
+        return self._listener.settle() or self._preempt.has_begun
+
+    def serve_requested(self, main: Ram) -> None:
+        self._preempt.arm(main)
+
+    def requested_served(self) -> None:
+        missing = self._memory.missing_pages
+        if self._ends_preempt or (missing() and self._has_preempt()):
+            self._preempt.drain(missing, awaits_end=self._ends_preempt)
+
+    def stop_requested(self) -> None:
+        self._preempt.close()
 
     # The way back
 

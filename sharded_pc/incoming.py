@@ -88,7 +88,7 @@ class Incoming:
             return StreamEnded(lost, offset=where, state=self.state.name)
         return StreamEnded(
             "the source closed the stream before the migration was complete (cancelled? or in want "
-            "of a second connection for postcopy-preempt or multifd, which must be off)",
+            "of a second connection for multifd, which must be off)",
             offset=where,
             state=self.state.name,
         )

@@ -23,8 +23,18 @@ from sharded_pc.wire import events, return_path
 class Channels(Protocol):
     """What the connection does for its stream; every call blocks until it is done."""
 
-    def one_channel(self) -> None:
-        """The source sends RAM: channels that belong to the set-up would be open by now."""
+    def ram_begins(self) -> None:
+        """The source sends RAM: channels that belong to the set-up are open by now."""
+
+    def serve_requested(self, main: Ram) -> None:
+        """Pages may be asked for from now on, and may come on a channel of their own, beside the
+        main channel and its reader."""
+
+    def requested_served(self) -> None:
+        """The main channel has ended: what is on the way on the other arrives, or never does."""
+
+    def stop_requested(self) -> None:
+        """Nobody reads that other channel any more, or uses the main channel's reader."""
 
     def open_return_path(self) -> None: ...
 
@@ -120,11 +130,13 @@ class Messages:
     def go_on(self) -> None:
         """Before the messages of a recovery: the blocks are known and guests run."""
         self._use_return_path()
-        self.ram = _ram_reader(self._memory, self._stream, self._receiver, self._stop)
+        self.ram = ram_reader(self._memory, self._stream, self._receiver, self._stop)
         self.ram.enter_postcopy()
+        self._channels.serve_requested(self.ram)
 
     def release(self) -> None:
         """No more messages come."""
+        self._channels.stop_requested()
         if self.ram is not None:
             self.ram.release()
             self.ram = None
@@ -156,7 +168,7 @@ class Messages:
 
     def _blocks(self, event: events.RamBlocks) -> None:
         self._receiver.define(event.blocks)
-        self.ram = _ram_reader(self._memory, self._stream, self._receiver, self._stop)
+        self.ram = ram_reader(self._memory, self._stream, self._receiver, self._stop)
         self._control.note_setup()
         self._status(MigrationStatus.ACTIVE)
 
@@ -165,7 +177,7 @@ class Messages:
 
     def _ram_section_end(self, event: events.RamSectionEnd) -> None:
         if event.kind != "setup":
-            self._channels.one_channel()
+            self._channels.ram_begins()
         self._control.note_transferred(self._stream.offset)
 
     def _open_return_path(self, event: events.OpenReturnPath) -> None:
@@ -208,6 +220,7 @@ class Messages:
             self._receiver.prepare_discard()
         self.ram.drain()  # every discard is done before a fault can be armed
         self.ram.enter_postcopy()
+        self._channels.serve_requested(self.ram)
         self._control.exchange_postcopy_state(PostcopyState.LISTENING)
         self._status(MigrationStatus.POSTCOPY_ACTIVE)
         self._receiver.listen()
@@ -257,6 +270,7 @@ class Messages:
         self.ram.drain()
         if not listening(self.state):
             return
+        self._channels.requested_served()
         missing = self._memory.missing_pages()
         if missing:
             raise RemoteProtocolError(f"the source ended with {missing} pages never sent")
@@ -292,7 +306,7 @@ def _bad_discard(block: RamBlock, start: int, length: int) -> RemoteProtocolErro
     )
 
 
-def _ram_reader(memory: GuestMemory, stream: Stream, receiver: Receiver, stop: Stop) -> Ram:
+def ram_reader(memory: GuestMemory, stream: Stream, receiver: Receiver, stop: Stop) -> Ram:
     """After define()."""
     ram = Ram(stream, memory.control, memory.received, memory.requested, memory.pool.map, stop)
     for index, segment in enumerate(memory.blocks):

@@ -173,14 +173,14 @@ class Receiving:
         self.name = name
         given = {"attach": self.attach, "stripe_bytes": STRIPE_BYTES, "placement": PLACEMENT}
         settings = {**given, **settings}
-        self._settings = Settings(
-            incoming=FdAddress(self._theirs.fileno()), name=name, workers=workers, **settings
-        )
+        settings.setdefault("incoming", FdAddress(self._theirs.fileno()))
+        self._settings = Settings(name=name, workers=workers, **settings)
         self.coordinator: Coordinator
         self._listening = threading.Event()
 
     def __enter__(self) -> Receiving:
-        self._theirs.detach()
+        if isinstance(self._settings.incoming, FdAddress):
+            self._theirs.detach()  # the receiver's
         self._thread = Background(lambda: asyncio.run(self._main()))
         if not self._listening.wait(WAIT_S):
             self._thread.result(0)
@@ -219,6 +219,7 @@ class Receiving:
                 self.quit()
         self._thread.thread.join(WAIT_S)
         self.sock.close()
+        self._theirs.close()
         assert not self._thread.thread.is_alive(), "the receiver does not end"
 
 
@@ -307,7 +308,16 @@ class LoneReceiver:
         self.broken.append(text)
         self.memory.control.note_failed(index, failed=True)
 
-    def one_channel(self) -> None:
+    def ram_begins(self) -> None:
+        pass
+
+    def serve_requested(self, main: object) -> None:
+        pass
+
+    def requested_served(self) -> None:
+        pass
+
+    def stop_requested(self) -> None:
         pass
 
     def open_return_path(self) -> None:

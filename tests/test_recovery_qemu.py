@@ -7,7 +7,7 @@ import itertools
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,10 +66,14 @@ class Operator:
 
 
 @contextlib.contextmanager
-def operated(folder: Path, name: str, binary, *options: str, **both) -> Iterator[Operator]:
+def operated(
+    folder: Path, name: str, binary, *options: str,
+    prepare: Callable[[Pair], None] = lambda vms: None, **both,
+) -> Iterator[Operator]:  # fmt: skip
     """A guest that runs here with nearly all of its RAM at the source."""
     path = folder / "control"
     with pair(folder, name, binary, options=("--control", str(path), *options), **both) as vms:
+        prepare(vms)
         vms.resume()
         check_missing(vms.runner.look())
         operator = Operator(vms, path)

@@ -33,6 +33,8 @@ class Totals:
     requests_sent: int
     discarded: int
     spills: int
+    preempt_bytes: int
+    preempt_pages: int
     started_ns: int
     setup_ns: int
     stopped_ns: int

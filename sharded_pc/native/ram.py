@@ -13,6 +13,7 @@ from sharded_pc.native.alias import Alias
 from sharded_pc.native.control import Bitmap, Control
 from sharded_pc.native.core import ensure_object, ffi, lib, system_error
 from sharded_pc.native.guests import Guests
+from sharded_pc.native.own_mapping import OwnMapping
 from sharded_pc.wire.compressed import inflated
 
 
@@ -185,6 +186,17 @@ class Ram:
     def enter_postcopy(self) -> None:
         """From now on placement is atomic."""
         self.raw.postcopy = 1
+
+    def read_preempt(self, main: Ram, own: OwnMapping | None, unpunched: Bitmap) -> None:
+        """Of the channel of postcopy-preempt, beside the `main` channel's, which must outlive its
+        loop; before the first record.  `own` with `copy`."""
+        self._keep = (*self._keep, main, own, unpunched)
+        lib.sp_ram_preempt(self.raw, main.raw)
+        if own is not None:
+            self.raw.own_uffd = own.uffd.fd
+            self.raw.unpunched = unpunched.raw
+            for index, view in enumerate(own.views):
+                self.raw.own[index] = view
 
     def records(self) -> Records:
         """Reads records until EOS, MEM_SIZE or a bad record; WireClosed, Stopped, HostError,

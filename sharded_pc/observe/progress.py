@@ -92,7 +92,8 @@ def line(memory: GuestMemory, progress: ShardProgress) -> str:
     whole = 100 * sum(progress.received()) // max(sum(progress.totals), 1)
     faults = sum(s.faults for s in memory.control.shards())
     each = " ".join(f"{share:3d} %" for share in shares)
-    moved = mib(memory.control.totals.transferred)
+    totals = memory.control.totals
+    moved = mib(totals.transferred + totals.preempt_bytes)
     return f"{memory.control.status.value:16} {whole:3d} %  shards {each}  {moved}  {faults} faults"
 
 

@@ -38,7 +38,7 @@ def _ram(ram: Geometry | None, totals: Totals, received: list[int]) -> dict:
     return {
         "total": total,
         "remaining": total - sum(received) * PAGE_BYTES,
-        "transferred": totals.transferred,
+        "transferred": totals.transferred + totals.preempt_bytes,
         "normal": totals.normal,
         "normal-bytes": totals.normal * PAGE_BYTES,
         "duplicate": totals.duplicate,
@@ -119,6 +119,7 @@ def migration_info(
             "placement-reason": control.placement_reason,
             "guests": control.view.n_guests,
             "spills": totals.spills,
+            "preempt-pages": totals.preempt_pages,
             "unreserved": _unreserved(name, ram) if ram else None,
             "stripe-size": ram.stripe_bytes if ram else None,
             "memory": process_memory(control.view.owner),

@@ -41,11 +41,9 @@ MAX_CANDIDATES = 128
 """At a time; more wait in the queue, so that strangers cannot take all descriptors."""
 
 
-def second_channel(state: str | None = None) -> RemoteProtocolError:
+def no_multifd(state: str | None = None) -> RemoteProtocolError:
     return RemoteProtocolError(
-        "the source opened a second connection (multifd or postcopy-preempt): turn these "
-        "capabilities off",
-        state=state,
+        "the source opened a channel of multifd: turn its capability multifd off", state=state
     )
 
 
@@ -83,18 +81,19 @@ class Candidates:
         """The next further channel of the source that has said what it is."""
         return await self._further.get()
 
-    def is_second_silent(self) -> bool:
-        """Whether one is open that says nothing and comes from where the source does: QEMU's
-        channels are all connected before RAM is sent.  Strangers are told of."""
+    def settle(self) -> bool:
+        """Strangers who say nothing are told of and let go.  Whether a connection from where the
+        source is may yet turn out to be a channel of it."""
         with contextlib.suppress(OSError):
             while (sock := self._acceptor.take()) is not None:
                 self._look_at(sock)
-        silent = [_peer(s) for s in self._looking if s not in self._taken and _is_silent(s)]
-        if self._peer in silent:
-            return True
-        for peer in silent:
-            self._tell(peer, "it said nothing")
-        return False
+        unknown = [sock for sock in self._looking if sock not in self._taken and _is_open(sock)]
+        for sock in unknown:
+            if _peer(sock) != self._peer and not _has_spoken(sock):
+                self._tell(_peer(sock), "it said nothing")
+                self._looking[sock].cancel()
+        own = any(_peer(sock) == self._peer for sock in unknown)
+        return own or not self._further.empty()
 
     def close(self) -> None:
         """Each task closes its own socket, behind its last look at it."""
@@ -166,7 +165,7 @@ class Candidates:
         self._has_multifd = True
         self._further.put_nowait(channel)
         if not self._found.done():
-            self._found.set_exception(second_channel())
+            self._found.set_exception(no_multifd())
 
     def _tell(self, peer: str, why: str) -> None:
         """Not when the migration fails: then the source closes its connections one by one."""
@@ -185,15 +184,21 @@ async def _opening(sock: socket.socket) -> bytes:
             await asyncio.sleep(LOOK_AGAIN_SECONDS)
 
 
-def _is_silent(sock: socket.socket) -> bool:
-    """It is open and has said nothing, or that it is a further channel: nobody looked yet."""
+def _is_open(sock: socket.socket) -> bool:
     try:
-        seen = sock.recv(MOST_BYTES, socket.MSG_PEEK)
+        return bool(sock.recv(1, socket.MSG_PEEK))
     except BlockingIOError:
         return True
     except OSError:
         return False
-    return kind_of(seen, SOURCE) in (Kind.MULTIFD, Kind.PREEMPT)
+
+
+def _has_spoken(sock: socket.socket) -> bool:
+    """Of an open one."""
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return False
 
 
 def _describe(opening: bytes, *, awaits_new: bool) -> str:

@@ -77,8 +77,13 @@ class Listener:
         """The next further channel of the source; for ever where there can be none."""
         return await asyncio.get_running_loop().create_future()
 
-    def is_second_silent(self) -> bool:
-        """When the source sends RAM: it has opened a second one and says nothing there."""
+    def wire(self, channel: Channel) -> Wire:
+        """Of a further channel, which is the wire's from now on."""
+        raise NotImplementedError
+
+    def settle(self) -> bool:
+        """When the source sends RAM: strangers who say nothing are let go.  Whether a channel of
+        the source is open that has said nothing yet."""
         return False
 
     def close(self) -> None:
@@ -94,14 +99,17 @@ class _SocketListener(Listener):
         self._path = path
 
     async def accept(self) -> Wire:
-        keep_alive = getattr(self.address, "keep_alive", addr.KeepAlive())
-        return _from_socket((await self._candidates.source()).sock, keep_alive)
+        return self.wire(await self._candidates.source())
 
     async def channel(self) -> Channel:
         return await self._candidates.channel()
 
-    def is_second_silent(self) -> bool:
-        return self._candidates.is_second_silent()
+    def wire(self, channel: Channel) -> Wire:
+        keep_alive = getattr(self.address, "keep_alive", addr.KeepAlive())
+        return _from_socket(channel.sock, keep_alive)
+
+    def settle(self) -> bool:
+        return self._candidates.settle()
 
     def close(self) -> None:
         self._candidates.close()

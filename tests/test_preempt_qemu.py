@@ -1,0 +1,139 @@
+"""Real QEMUs with the capability postcopy-preempt: pages that are asked for come on a channel of
+their own, which 7.2 opens at the start and a newer one as it switches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("qemu.qmp", reason="needs the client: pip install qemu.qmp")
+
+from tests.qemu import wait_until
+from tests.qemu.guest_image import MIB
+from tests.receiver import Receiver
+from tests.test_receive_qemu import (
+    Toucher,
+    begin_precopy,
+    booted,
+    check_equal,
+    check_postcopy,
+    check_touched,
+    switch,
+)
+from tests.test_recovery_qemu import Operator, check_end, operated
+from tests.test_run_qemu import Pair, check_missing, check_whole, pair
+
+pytestmark = [
+    pytest.mark.qemu, pytest.mark.uffd, pytest.mark.timeout(120),
+    pytest.mark.usefixtures("placement"),
+]  # fmt: skip
+
+
+def ask_for_preempt(vms: Pair) -> None:
+    vms.source.set_capabilities(postcopy_ram=True, postcopy_preempt=True)
+
+
+def preempt_pages(info: dict[str, Any]) -> int:
+    return info["sharded"]["preempt-pages"]
+
+
+@pytest.mark.parametrize("smp", [1, 2])
+def test_run(tmp_path, unique_name, binary, smp):
+    """A guest that goes on here and checks itself; what it asks for does not come on the main
+    channel, but where a background page happens to be the one."""
+    with pair(tmp_path, unique_name, binary, smp=smp) as vms:
+        ask_for_preempt(vms)
+        info = check_whole(vms)
+    assert preempt_pages(info) > 0.5 * info["ram"]["postcopy-requests"] > 500
+
+
+@contextmanager
+def preempting(folder: Path, name: str, binary, *options: str) -> Iterator[Operator]:
+    with operated(folder, name, binary, *options, prepare=ask_for_preempt) as operator:
+        yield operator
+
+
+def asked_for(operator: Operator) -> int:
+    return preempt_pages(operator.vms.runner.look())
+
+
+class TestRecovery:
+    @pytest.mark.parametrize("by", ["source", "receiver"])
+    def test_cut_and_recovered_twice(self, tmp_path, unique_name, binary, by):
+        """Both channels come again, first the main one."""
+        with preempting(tmp_path, unique_name, binary) as operator:
+            for _ in range(2):
+                operator.cut(by)
+                paused = operator.vms.runner.look()
+                check_missing(paused, 0.3)
+                operator.recover()
+                wait_until(lambda p=paused: asked_for(operator) > preempt_pages(p), "a page")
+            check_end(operator)
+
+    def test_the_source_comes_again_unasked(self, tmp_path, unique_name, binary):
+        uri = f"unix:{tmp_path}/again"
+        with preempting(tmp_path, unique_name, binary, "--recover-uri", uri) as operator:
+            operator.vms.source.qmp("migrate-pause")
+            operator.vms.source.wait_migration("postcopy-paused")
+            operator.wait("postcopy-recover-setup")
+            operator.vms.source.migrate(uri, resume=True)
+            operator.wait("postcopy-active", "completed")
+            check_end(operator)
+
+
+@pytest.mark.parametrize("incoming", [None, "tcp:127.0.0.1:0"], ids=["unix", "tcp"])
+def test_guests_that_attach(tmp_path, unique_name, binary, incoming):
+    """Two of them: with `copy` no guest's own userfaultfd does for both."""
+    with (
+        booted(tmp_path, binary) as source,
+        Receiver(tmp_path, unique_name, incoming) as receiver,
+    ):
+        source.set_capabilities(postcopy_ram=True, postcopy_preempt=True)
+        begin_precopy(source, receiver.uri())
+        switch(source, postcopy_rate=2 * MIB)
+        with Toucher(receiver) as guest, Toucher(receiver, number=1) as other:
+            for each in (guest, other):
+                each.wait_ready()
+                each.wait_touched()
+            source.set_parameters(max_postcopy_bandwidth=0)
+            for each in (guest, other):
+                each.go_on()
+            touched = [each.finish() for each in (guest, other)]
+        outcome = receiver.finish()
+        check_equal(source, receiver, outcome)
+        for pages in touched:
+            check_touched(source, pages, 200)
+    check_postcopy(outcome.info)
+    assert preempt_pages(outcome.info) > 10
+
+
+def test_a_busy_guest(tmp_path, unique_name, newer):
+    with booted(tmp_path, newer, writes=True, smp=2) as source:
+        with Receiver(tmp_path, unique_name) as receiver:
+            source.set_capabilities(postcopy_ram=True, postcopy_preempt=True)
+            begin_precopy(source, receiver.uri())
+            switch(source)
+            check_equal(source, receiver, receiver.finish())
+        assert source.wrong_words() == []
+
+
+def test_completed_in_precopy(tmp_path, unique_name, binary):
+    """The channel is there (7.2) or not, and nothing ever comes on it."""
+    with booted(tmp_path, binary) as source, Receiver(tmp_path, unique_name) as receiver:
+        source.set_capabilities(postcopy_ram=True, postcopy_preempt=True)
+        begin_precopy(source, receiver.uri(), rate=1 << 30)
+        outcome = receiver.finish()
+        check_equal(source, receiver, outcome)
+    assert outcome.info["postcopy-state"] == "advise" and preempt_pages(outcome.info) == 0
+
+
+def test_an_old_machine_type_of_a_newer_source(tmp_path, unique_name, newer):
+    """Its channel is opened at the start and ended with a word, as 7.2 does."""
+    with pair(tmp_path, unique_name, newer, machine="pc-i440fx-7.2") as vms:
+        ask_for_preempt(vms)
+        info = check_whole(vms)
+    assert preempt_pages(info) > 100
