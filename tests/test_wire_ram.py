@@ -19,6 +19,8 @@ READERS = {
     "C, postcopy": twins.Postcopy,
     "C, continue, precopy": twins.Straight,
     "C, continue, postcopy": twins.StraightPostcopy,
+    "C, preempt": twins.Preempt,
+    "C, continue, preempt": twins.PreemptStraight,
 }
 CUTS = {"whole": cases.whole, "split": cases.split, "by byte": cases.by_byte}
 BIG = (cases.big(1, 1500), cases.big(2, 500), cases.big(3, 500))

@@ -20,6 +20,7 @@ from sharded_pc.geometry import PAGE_BYTES, Geometry, Placement, RamBlock
 from sharded_pc.incoming import bad_record
 from sharded_pc.native.alias import Alias
 from sharded_pc.native.control import POOL_BYTES_PER_SHARD, Bitmap, Control, control_bytes
+from sharded_pc.native.own_mapping import OwnMapping
 from sharded_pc.native.ram import NotYet, Ram, Records, Stop, Stream
 from sharded_pc.native.shard import Shard
 from sharded_pc.native.uffd import Uffd
@@ -361,3 +362,40 @@ class Awaited(Postcopy):
     def prepare(self, ram: Ram) -> None:
         super().prepare(ram)
         self.requested.set(0, self.requested.bits)
+
+
+class Preempt(Core):
+    """The channel of postcopy-preempt: pages are filled through a mapping of this process."""
+
+    first_wins = True
+
+    def prepare(self, ram: Ram) -> None:
+        sizes = [block.size for block in self.geometry.blocks]
+        self._own = OwnMapping(zip(self._fds, sizes, strict=True))
+        self._main_wire = self._wire()
+        _, main, _ = self._main_wire.__enter__()
+        ram.read_preempt(main, self._own, self.written)
+
+    def reset(self, ram: Ram) -> None:
+        self._main_wire.__exit__(None, None, None)
+        self._own.close()
+        self.received.clear(0, self.received.bits)
+        for fd, block in zip(self._fds, self.geometry.blocks, strict=True):
+            os.truncate(fd, 0)
+            os.truncate(fd, block.size)
+
+
+class PreemptStraight(Straight):
+    """The same with `continue`: pages are written into their blocks."""
+
+    first_wins = True
+
+    def prepare(self, ram: Ram) -> None:
+        super().prepare(ram)
+        self._main_wire = self._wire()
+        _, main, _ = self._main_wire.__enter__()
+        ram.read_preempt(main, None, self.written)
+
+    def reset(self, ram: Ram) -> None:
+        super().reset(ram)
+        self._main_wire.__exit__(None, None, None)
