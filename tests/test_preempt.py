@@ -6,13 +6,15 @@ import contextlib
 import socket
 from array import array
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from sharded_pc import preempt
 from sharded_pc.address import UnixAddress
-from sharded_pc.errors import RemoteProtocolError
+from sharded_pc.errors import ConnectionLost, RemoteProtocolError
+from sharded_pc.state import PostcopyState
 from sharded_pc.testing.oracle import DIRTIED
 from sharded_pc.wire import writer
 from tests.control import Control
@@ -301,4 +303,27 @@ def test_pages_before_any_was_asked_for_end_the_migration(tmp_path, unique_name,
         wait_until(lambda: 1 in source.back.pongs, "the first PONG", WAIT_S)
         source.open(f"unix:{path}")
         source.preempt.sendall(source.records(0, [DATA[0]]))
+        receiver.finish()
+
+
+def test_a_channel_that_is_lost_before_the_guest_runs_fails_the_migration(tmp_path, unique_name):
+    """As the main one would: the source is told, and a newer one goes on with its guest."""
+    path = f"{tmp_path}/mig"
+    with (
+        pytest.raises(ConnectionLost, match=r"preempt channel was lost.*LISTENING.*not begun"),
+        Receiving(tmp_path, unique_name, incoming=UnixAddress(path)) as receiver,
+        preempting(f"unix:{path}") as source,
+    ):
+        source.set_up()
+        source.precopy()
+        receiver.coordinator.migration.load_devices = lambda _: Future()  # it loads and loads
+        source.open(f"unix:{path}")
+        source.switch()
+        wait_until(lambda: 2 in source.back.pongs, "the discards", WAIT_S)
+        control = receiver.coordinator.memory.control
+        listening = PostcopyState.LISTENING
+        wait_until(lambda: control.postcopy_state is listening, "LISTENING", WAIT_S)
+        source.send_requested(0, DATA[:3])
+        source.close_preempt()
+        assert source.back.wait_shut() == 1
         receiver.finish()

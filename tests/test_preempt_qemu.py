@@ -14,6 +14,7 @@ pytest.importorskip("qemu.qmp", reason="needs the client: pip install qemu.qmp")
 
 from tests.qemu import wait_until
 from tests.qemu.guest_image import MIB
+from tests.qemu.vm import QmpConnection
 from tests.receiver import Receiver
 from tests.test_receive_qemu import (
     Toucher,
@@ -24,7 +25,7 @@ from tests.test_receive_qemu import (
     check_touched,
     switch,
 )
-from tests.test_recovery_qemu import Operator, check_end, operated
+from tests.test_recovery_qemu import Operator, Successor, check_end, kill, operated
 from tests.test_run_qemu import Pair, check_missing, check_whole, pair
 
 pytestmark = [
@@ -83,6 +84,26 @@ class TestRecovery:
             operator.vms.source.migrate(uri, resume=True)
             operator.wait("postcopy-active", "completed")
             check_end(operator)
+
+
+def test_a_killed_receiver_is_resumed(tmp_path, unique_name, binary):
+    """Its successor, too, takes both channels."""
+    with preempting(tmp_path, unique_name, binary) as operator:
+        vms, dead = operator.vms, operator.vms.runner
+        kill(dead, workers=True)
+        vms.source.wait_migration("postcopy-paused")
+        with Successor(
+            tmp_path, unique_name, vms.guest, "--control", f"{tmp_path}/c2"
+        ) as vms.runner:
+            operator.control.close()
+            operator.control = QmpConnection(tmp_path / "c2")
+            before = preempt_pages(vms.runner.look())
+            operator.wait("postcopy-paused")
+            operator.recover()
+            wait_until(lambda: asked_for(operator) > before, "a page")
+            check_end(operator)
+            assert vms.runner.finish().exit_code == 0
+        dead._outcome = vms.runner._outcome
 
 
 @pytest.mark.parametrize("incoming", [None, "tcp:127.0.0.1:0"], ids=["unix", "tcp"])
