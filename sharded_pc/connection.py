@@ -156,7 +156,11 @@ class Connection:
         return self._listener.settle() or self._preempt.has_begun
 
     def serve_requested(self, main: Ram) -> None:
+        """A source has connected all its channels before its package; in a recovery 7.2 does it
+        beside everything else."""
         self._preempt.arm(main)
+        if not self._resumes:
+            self._listener.withdraw()
 
     def requested_served(self) -> None:
         missing = self._memory.missing_pages

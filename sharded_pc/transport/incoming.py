@@ -86,6 +86,9 @@ class Listener:
         the source is open that has said nothing yet."""
         return False
 
+    def withdraw(self) -> None:
+        """The source has connected all its channels: a killed receiver leaves no file behind."""
+
     def close(self) -> None:
         """Stops listening and removes what was made for it."""
 
@@ -113,6 +116,9 @@ class _SocketListener(Listener):
 
     def close(self) -> None:
         self._candidates.close()
+        self.withdraw()
+
+    def withdraw(self) -> None:
         if self._path is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path)
