@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests import wire_cases as cases
@@ -99,3 +101,23 @@ def test_long_case_is_what_it_says() -> None:
     assert totals.spills > 10
     assert totals.normal > 2 * twins.SHARDS * twins.POOL_SLOTS
     assert min(shard.pages for shard in shards) > 100
+
+
+@pytest.mark.parametrize("kind", ["page", "zero page"])
+def test_what_a_punch_left_is_overwritten_by_the_preempt_channel(kind: str) -> None:
+    """Nobody may look at such a page before; one that stands there for another reason is kept."""
+    name = {"page": "one page", "zero page": "one zero page"}[kind]
+    case = next(case for case in cases.GOOD if case.name == name)
+    ((block, page, data),) = case.pages()
+    index = [each.name for each in case.blocks].index(block)
+    for left in (True, False):
+        with twins.Preempt(case.blocks) as core:
+            os.pwrite(core._fds[index], b"\xee" * 4096, page * 4096)
+            bit = core.control.block(index)[2] + page
+            if left:
+                core.written.set(bit, 1)
+            seen = core.run([case.stream])
+            assert not core.written.test(bit)
+        there = seen.memory[block][page * 4096 : page * 4096 + 4096]
+        assert there == ((data or bytes(4096)) if left else b"\xee" * 4096)
+        assert seen.received[block] == [page]
