@@ -7,6 +7,7 @@ source closes it when all is over.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -20,8 +21,13 @@ from sharded_pc.native.own_mapping import OwnMapping
 from sharded_pc.native.ram import Ram, Records, Stop, Stopped, Stream, WireClosed
 from sharded_pc.state import PostcopyState
 
+log = logging.getLogger(__name__)
+
 QUIET_SECONDS = 10.0
 """The main channel has ended, and nothing comes on this one: so long the network may take."""
+END_SECONDS = 3.0
+"""The same when every page is here and only its last word is awaited: who said nothing may be
+no channel of the source."""
 LOOK_SECONDS = 0.01
 CHANNEL = "the source's postcopy-preempt channel"
 
@@ -87,9 +93,13 @@ class Preempt:
                 raise Stopped("stopped")
             offset = self._stream.offset if self._stream is not None else 0
             if offset != seen:
-                seen, until = offset, time.monotonic() + QUIET_SECONDS
-                if not awaits_end and not missing():
+                all_here = not missing()
+                if all_here and not awaits_end:
                     return
+                wait = END_SECONDS if all_here else QUIET_SECONDS
+                seen, until = offset, time.monotonic() + wait
+        if not self._over.is_set():
+            log.warning("nothing comes on %s any more, and it has not ended", CHANNEL)
 
     def close(self) -> None:
         """Ends its thread, if there is one; no other begins.  May be called again."""

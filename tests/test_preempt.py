@@ -190,6 +190,17 @@ def test_a_channel_that_was_there_early_is_awaited_to_its_end(tmp_path, unique_n
         assert receiver.finish()["status"] == "completed"
 
 
+def test_who_was_there_early_and_never_speaks_is_not_awaited_for_ever(
+    tmp_path, unique_name, monkeypatch, caplog
+):
+    """It may be no channel of the source at all."""
+    monkeypatch.setattr(preempt, "END_SECONDS", 0.1)
+    with migrating(tmp_path, unique_name, early=True) as (receiver, source, _):
+        end(source)
+        assert receiver.finish()["status"] == "completed"
+    assert "it has not ended" in caplog.text
+
+
 def test_a_source_that_keeps_pages_back_is_paused(tmp_path, unique_name, monkeypatch):
     """Both channels are quiet, or the other one ends as well."""
     monkeypatch.setattr(preempt, "QUIET_SECONDS", 0.3)
