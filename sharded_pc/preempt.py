@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from sharded_pc import threads
 from sharded_pc.errors import ConnectionLost, RemoteProtocolError, ShardedPcError
 from sharded_pc.geometry import Placement
 from sharded_pc.incoming import NOT_YET, Receiver, bad_record
@@ -79,8 +80,9 @@ class Preempt:
                     state=self._memory.control.postcopy_state.name,
                 )
             self._stream = Stream(fd, self._stop)
-            self._thread = threading.Thread(target=self._run, args=(self._main,), name="preempt")
-            self._thread.start()
+            thread = threading.Thread(target=self._run, args=(self._main,), name="preempt")
+            threads.start(thread)
+            self._thread = thread
 
     def drain(self, missing: Callable[[], int], *, awaits_end: bool) -> None:
         """The main channel has ended.  Returns when all pages are here (and with `awaits_end` this
