@@ -10,6 +10,7 @@ void stream_suite(void);
 void precopy_suite(void);
 void route_suite(void);
 void records_suite(void);
+void encoded_suite(void);
 void straight_suite(void);
 void return_path_suite(void);
 void oracle_suite(void);
