@@ -86,6 +86,24 @@ class TestHugePages:
         huge = MEMORY_MIB // HUGE_MIB
         assert 0 < outcome.info["ram"]["postcopy-requests"] <= 2 * huge
 
+    def test_the_preempt_channel(self, tmp_path, unique_name, newer):
+        """Its source asserts that it is asked for whole huge pages."""
+        with (
+            booted(tmp_path, newer, **BACKED) as source,
+            Receiver(tmp_path, unique_name) as receiver,
+        ):
+            source.set_capabilities(postcopy_ram=True, postcopy_preempt=True)
+            begin_precopy(source, receiver.uri())
+            switch(source, postcopy_rate=8 * MIB)
+            with Toucher(receiver, throttled=6) as guest:
+                guest.wait_ready()
+                guest.wait_touched()
+                source.set_parameters(max_postcopy_bandwidth=0)
+                guest.go_on()
+                touched = guest.finish()
+            check_equal(source, receiver, receiver.finish(), requests=False)
+            check_touched(source, touched, 200)
+
     def test_a_guest_goes_on_and_recovers(self, tmp_path, unique_name, binary):
         path = tmp_path / "control"
         with pair(

@@ -221,9 +221,15 @@ static sp_status compressed_record(sp_ram *r)
 
 sp_status sp_ram_inflated(sp_ram *r, const uint8_t *page)
 {
+    uint64_t number = r->header / SP_PAGE_BYTES;
     enter_block(r, r->bad_block, r->record);
-    return r->postcopy ? sp_route_whole(r, r->header / SP_PAGE_BYTES, page)
-                       : sp_precopy_whole(r, r->header / SP_PAGE_BYTES, page);
+    if (!r->main)
+        return r->postcopy ? sp_route_whole(r, number, page) : sp_precopy_whole(r, number, page);
+    r->page = number; /* QEMU sends none there, but who does must not write to the rings */
+    sp_status st = sp_preempt_page(r, page);
+    if (st == SP_OK)
+        sp_count(&r->control->totals.normal, 1);
+    return st;
 }
 
 /* Takes one record header; a PAGE leaves `in_page` set. */
