@@ -45,11 +45,11 @@ def preempt_pages(info: dict[str, Any]) -> int:
 @pytest.mark.parametrize("smp", [1, 2])
 def test_run(tmp_path, unique_name, binary, smp):
     """A guest that goes on here and checks itself; what it asks for does not come on the main
-    channel, but where a background page happens to be the one."""
+    channel, but where the background scan, at full speed at the end, is there first."""
     with pair(tmp_path, unique_name, binary, smp=smp) as vms:
         ask_for_preempt(vms)
         info = check_whole(vms)
-    assert preempt_pages(info) > 0.5 * info["ram"]["postcopy-requests"] > 500
+    assert preempt_pages(info) > 0.2 * info["ram"]["postcopy-requests"] > 8
 
 
 @contextmanager
