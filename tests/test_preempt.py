@@ -34,7 +34,9 @@ SECTION_HEAD = 5
 
 
 @contextlib.contextmanager
-def migrating(folder: Path, name: str, *, early: bool = False, **settings) -> Iterator[tuple]:
+def migrating(
+    folder: Path, name: str, *, early: bool = False, twice: bool = False, **settings
+) -> Iterator[tuple]:
     """A receiver whose guest runs on nothing but precopied pages, its source with both channels
     (`early`: as 7.2 opens them), a control client."""
     path, uri = str(folder / f"{name}.control"), f"{folder}/{name}.mig"
@@ -50,6 +52,8 @@ def migrating(folder: Path, name: str, *, early: bool = False, **settings) -> It
         wait_until(lambda: 1 in source.back.pongs, "the first PONG", WAIT_S)
         if not early:
             source.open(f"unix:{uri}")
+        if twice:
+            source.other = connect(f"unix:{uri}")
         source.switch()
         source.wait_switched()
         yield receiver, source, control
@@ -273,7 +277,7 @@ def test_many_cuts_in_a_flood(tmp_path, unique_name):
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        ((0x1000 | 0x40).to_bytes(8, "big"), "xbzrle"),
+        ((0x1000 | 0x40).to_bytes(8, "big"), "XBZRLE"),
         ((1 << 40 | 0x08).to_bytes(8, "big") + b"\x06pc.ram", "outside"),
         ((0x1000 | 0x08).to_bytes(8, "big") + b"\x03abc", "unknown"),
     ],
@@ -290,14 +294,14 @@ def test_rubbish_on_the_channel_pauses(tmp_path, unique_name, said, why):
 
 
 def test_a_second_one_pauses(tmp_path, unique_name):
-    with migrating(tmp_path, unique_name) as (_, source, control):
+    with migrating(tmp_path, unique_name, twice=True) as (_, source, control):
         source.send_requested(0, [DATA[0]])
-        first = source.preempt
-        source.open(f"unix:{tmp_path}/{unique_name}.mig")
+        source.preempt, source.other = source.other, source.preempt
+        source._preempt_named = None
         source.send_requested(0, [DATA[1]])
         info = control.wait_status("postcopy-paused")
         assert "second postcopy-preempt channel" in info["error-desc"]
-        first.close()
+        source.other.close()
 
 
 @pytest.mark.parametrize("when", ["set-up", "before the package"])
