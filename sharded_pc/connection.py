@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import stat
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 from sharded_pc import threads
@@ -19,11 +20,11 @@ from sharded_pc.errors import HostError, RemoteProtocolError, ShardedPcError
 from sharded_pc.incoming import Incoming, Receiver
 from sharded_pc.loop_calls import from_stream
 from sharded_pc.memory import GuestMemory
+from sharded_pc.multifd import Multifd
 from sharded_pc.native.ram import Ram
 from sharded_pc.native.return_path import ReturnPath
 from sharded_pc.preempt import Preempt
 from sharded_pc.state import PostcopyState
-from sharded_pc.transport.candidates import no_multifd
 from sharded_pc.transport.channels import Channel, Kind
 from sharded_pc.transport.incoming import Listener, Wire
 from sharded_pc.wire import return_path
@@ -62,12 +63,14 @@ class Connection:
         self._ends_preempt = False
         self._further: list[Wire] = []
         self._preempt = Preempt(memory, self.ending.stop, self._preempt_broken)
+        self._multifd = Multifd(memory.control, self.ending.stop, self.ending.because)
+        self._receiver: Receiver
         self._taking = asyncio.create_task(self._take_channels())
 
     async def receive(self, receiver: Receiver, record_fd: int = -1) -> None:
         """The whole stream, for `receiver`; raises what ended it too early."""
         stop = self.ending.stop
-        self._preempt.receiver = receiver
+        self._preempt.receiver = self._receiver = receiver
         self._is_recorded = record_fd >= 0
         incoming = Incoming(
             self._memory, self._wire.fd, stop, self, receiver, record_fd, resumes=self._resumes
@@ -97,6 +100,7 @@ class Connection:
     def close(self) -> None:
         self._taking.cancel()
         self._preempt.close()
+        self._multifd.close()
         self._listener.close()
         for wire in (self._wire, *self._further):
             wire.close()
@@ -117,10 +121,10 @@ class Connection:
                 self._take_preempt(channel)
 
     def _take_multifd(self, channel: Channel) -> None:
-        """Multifd opens its channels first of all; the source would wait for them for ever.  The
-        migration fails, the source's guest goes on."""
-        channel.sock.close()
-        self.ending.because(no_multifd(self._memory.control.postcopy_state.name))
+        self._further.append(self._listener.wire(channel))
+        if self._is_recorded:
+            log.warning("the recording lacks what comes on a channel of multifd")
+        self._multifd.take(channel)
 
     def _take_preempt(self, channel: Channel) -> None:
         wire = self._listener.wire(channel)
@@ -154,6 +158,29 @@ class Connection:
     async def _has_preempt(self) -> bool:
         """There is such a channel, or one that may yet say that it is."""
         return self._listener.settle() or self._preempt.has_begun
+
+    def sync_channels(self, *, flush: bool) -> None:
+        if self._resumes:
+            return
+        if not self._multifd.has_begun:
+            self._begin_multifd()
+        self._multifd.sync(flush=flush)
+
+    @from_stream
+    async def _begin_multifd(self) -> None:
+        """Waited for, once, before the source's first page counts."""
+        begin = self._multifd.begin(self._receiver.give_channel, self._listener.settle)
+        await self.ending.unless_over(begin)
+
+    def settle_channels(self) -> None:
+        self._multifd.settle()
+
+    def look_at_channels(self) -> None:
+        self._multifd.look()
+
+    def look_at_workers(self, pids: Sequence[int]) -> None:
+        """One of them has a successor."""
+        self._multifd.look_at_workers(pids)
 
     def serve_requested(self, main: Ram) -> None:
         """A source has connected all its channels before its package; in a recovery 7.2 does it

@@ -6,7 +6,7 @@ Words and errors are QEMU's (migration/migration.c qmp_migrate_recover, qmp_migr
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sharded_pc.address import Address
 from sharded_pc.connection import Connection
@@ -104,6 +104,12 @@ class Connections:
         source, that is done when there is one."""
         if self.current is not None:
             self.current.ask_again()
+
+    def worker_restarted(self, pids: Sequence[int]) -> None:
+        """`pids`: those that serve now."""
+        self.ask_again()
+        if self.current is not None:
+            self.current.look_at_workers(pids)
 
     def recover(self, uri: Address) -> None:
         """`migrate-recover`; UsageError, HostError."""

@@ -116,8 +116,9 @@ class Coordinator:
             settings, self.memory, self.shards, populator, self._huge_pages, self._ending,
             self._tell_status,
         )  # fmt: skip
-        self.shards.on_restart = self.migration.connections.ask_again
-        self.shards.on_trouble = self.migration.connections.trouble
+        connections = self.migration.connections
+        self.shards.on_restart = lambda: connections.worker_restarted(self.shards.pids())
+        self.shards.on_trouble = connections.trouble
         if self.resumes:
             await self.migration.take_up(tenure.guests_before)
         await self._open_sockets()

@@ -61,6 +61,7 @@ class Incoming:
         try:
             self._drive(self._events())
         except WireClosed:
+            self._messages.look_at_channels()
             raise self._wire_closed() from None
         except RemoteProtocolError as error:
             error.offset = self._stream.offset if error.offset is None else error.offset
@@ -87,8 +88,7 @@ class Incoming:
         if broken_by:
             return StreamEnded(lost, offset=where, state=self.state.name)
         return StreamEnded(
-            "the source closed the stream before the migration was complete (cancelled? or in want "
-            "of a second connection for multifd, which must be off)",
+            "the source closed the stream before the migration was complete (cancelled?)",
             offset=where,
             state=self.state.name,
         )
@@ -140,9 +140,11 @@ class Incoming:
         if self._messages.ram is None:
             yield from self._setup_records()
             return
-        outcome = yield _RECORDS
+        while (outcome := (yield _RECORDS)) is Records.FLUSH:
+            yield events.MultifdFlush()
         if outcome is not Records.EOS:
             raise bad_record(outcome, self._messages.ram, self._memory.geometry.blocks)
+        self._messages.records_ended()
 
     def _setup_records(self) -> Parser:
         """The setup section begins with the block list; only then is there memory for pages."""

@@ -36,6 +36,16 @@ class Channels(Protocol):
     def stop_requested(self) -> None:
         """Nobody reads that other channel any more, or uses the main channel's reader."""
 
+    def sync_channels(self, *, flush: bool) -> None:
+        """Channels of multifd are where the main channel is: at a MULTIFD_FLUSH record (`flush`),
+        or at a section's end, where an older source (8.0 and before) has them meet."""
+
+    def settle_channels(self) -> None:
+        """No page may come on a channel of multifd any more."""
+
+    def look_at_channels(self) -> None:
+        """The main channel has ended too early: raises why, if a channel of multifd knows."""
+
     def open_return_path(self) -> None: ...
 
     def post(self, message: bytes) -> None:
@@ -55,6 +65,9 @@ class Receiver(Protocol):
 
     def define(self, blocks: tuple[RamBlock, ...]) -> None:
         """The block list is known: memory is checked and made, workers map it."""
+
+    async def give_channel(self, number: int, fd: int) -> int:
+        """A worker receives a channel of multifd from now on; its pid.  In the loop; ShardError."""
 
     def prepare_discard(self) -> None: ...
 
@@ -107,6 +120,7 @@ class Messages:
             events.RamBlocks: (None, self._blocks),
             events.RamSection: (None, self._ram_section),
             events.RamSectionEnd: (None, self._ram_section_end),
+            events.MultifdFlush: (None, self._flush),
             events.OpenReturnPath: (Message.OPEN_RETURN_PATH, self._open_return_path),
             events.Ping: (Message.PING, self._ping),
             events.PostcopyAdvise: (Message.POSTCOPY_ADVISE, _check_advise),
@@ -175,6 +189,17 @@ class Messages:
     def _ram_section(self, event: events.RamSection) -> None:
         advance(self.state, _SECTIONS[event.kind])
 
+    def look_at_channels(self) -> None:
+        self._channels.look_at_channels()
+
+    def _flush(self, event: events.MultifdFlush) -> None:
+        self._channels.sync_channels(flush=True)
+
+    def records_ended(self) -> None:
+        """A section's EOS.  Its footer may be long in coming: QEMU has it in its buffer while it
+        waits for the channels of multifd."""
+        self._channels.sync_channels(flush=False)
+
     def _ram_section_end(self, event: events.RamSectionEnd) -> None:
         if event.kind != "setup":
             self._channels.ram_begins()
@@ -198,8 +223,7 @@ class Messages:
         if self.ram is None:
             raise RemoteProtocolError("POSTCOPY_RAM_DISCARD before the block list")
         if self.state is PostcopyState.ADVISE:
-            self._control.note_stopped()
-            self._receiver.prepare_discard()
+            self._prepare_discard()
         index = self._index("discard in", event.block)
         block = self._memory.geometry.blocks[index]
         bad = self.ram.discards(index, event.ranges)
@@ -207,6 +231,11 @@ class Messages:
             raise _bad_discard(block, *event.ranges[bad])
         if self.state is PostcopyState.DISCARD:
             self.ram.discards_ahead()
+
+    def _prepare_discard(self) -> None:
+        self._control.note_stopped()
+        self._channels.settle_channels()
+        self._receiver.prepare_discard()
 
     def _packaged(self, event: events.Packaged) -> None:
         if self.ram is None:
@@ -216,8 +245,7 @@ class Messages:
         if not self._has_return_path:
             raise RemoteProtocolError("POSTCOPY_LISTEN without OPEN_RETURN_PATH: no way to ask")
         if self.state is PostcopyState.ADVISE:  # nothing to discard: QEMU prepares here too
-            self._control.note_stopped()
-            self._receiver.prepare_discard()
+            self._prepare_discard()
         self.ram.drain()  # every discard is done before a fault can be armed
         self.ram.enter_postcopy()
         self._channels.serve_requested(self.ram)
@@ -239,6 +267,7 @@ class Messages:
         """All RAM is here: whoever maps it runs on plain memory from now on."""
         self.devices = event.data
         self._control.note_stopped()
+        self._channels.settle_channels()
         self.ram.drain()
         self.ram.clear_unsent()
         self._receiver.placed()

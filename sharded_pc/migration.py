@@ -172,6 +172,9 @@ class Migration:
             raise HostError(f"--reserve needs placement continue: {reason}")
         await asyncio.to_thread(self._memory.define, geometry, placement, reason, reserve=reserve)
 
+    async def give_channel(self, number: int, fd: int) -> int:
+        return await self._shards.give_channel(number, fd)
+
     # The switch
 
     @from_stream

@@ -28,6 +28,7 @@ from sharded_pc.geometry import Placement
 from sharded_pc.host import oom
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.control import POOL_BYTES_PER_SHARD
+from sharded_pc.native.multifd import ChannelLoop
 from sharded_pc.native.shard import Shard, allow_interrupts, end_with_parent
 from sharded_pc.native.uffd import Uffd
 
@@ -51,6 +52,7 @@ class ShardWorker:
         self._shard: Shard | None = None
         self._placing: threading.Thread | None = None
         self._guests: dict[int, tuple[int, threading.Thread | None]] = {}
+        self._channels: list[tuple[ChannelLoop, int, threading.Thread]] = []
         self._listening = False
         self._back_fd = -1
         allow_interrupts(INTERRUPT)
@@ -167,8 +169,27 @@ class ShardWorker:
         self.shard.drop_guest(slot, release=release)
         os.close(fd)
 
+    def receive_channel(self, number: int, fd: int) -> None:
+        """A channel of multifd, straight into the blocks; `fd` becomes ours."""
+        memory = self.memory
+        written = memory.written if memory.placement is Placement.CONTINUE else None
+        blocks = [block.fd for block in memory.blocks]
+        loop = ChannelLoop(memory.control, number, fd, memory.received, written, blocks)
+        thread = threading.Thread(target=loop.run, name=f"channel-{number}")
+        self._channels.append((loop, fd, thread))
+        thread.start()
+
+    def _end_channels(self) -> None:
+        for loop, fd, thread in self._channels:
+            loop.stop()
+            thread.join()
+            loop.release()
+            os.close(fd)
+        self._channels.clear()
+
     def stop(self, *, release: bool = False) -> None:
         """Ends all loops; guests keep waiting for missing pages unless `release`."""
+        self._end_channels()
         for slot in list(self._guests):
             self.drop_guest(slot, release)
         if self._shard is not None:
@@ -226,7 +247,12 @@ class _Process:
             """The userfaultfd follows on the pipe."""
             worker.add_guest(slot, addresses, mode, reduction.recv_handle(self._conn))
 
+        def channel(number: int) -> None:
+            """Its descriptor follows on the pipe."""
+            worker.receive_channel(number, reduction.recv_handle(self._conn))
+
         self._handlers |= {
+            "channel": channel,
             "geometry": geometry,
             "prepare": worker.prepare,
             "listen": listen,

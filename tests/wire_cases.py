@@ -129,7 +129,6 @@ GOOD = (
 _UNSUPPORTED = {
     RamFlag.FULL: "an obsolete 'full' record",
     RamFlag.HOOK: "an RDMA record (migrate over tcp: or unix:)",
-    RamFlag.MULTIFD_FLUSH: "a multifd record (turn the source's multifd capability off)",
 }
 assert _UNSUPPORTED.keys() == c.UNSUPPORTED_RECORDS.keys()
 

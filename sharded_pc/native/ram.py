@@ -46,6 +46,8 @@ class Records(enum.Enum):
     BAD_ENCODING = enum.auto()
     BAD_LENGTH = enum.auto()
     BAD_ENCODED = enum.auto()
+    FLUSH = enum.auto()
+    """channels of multifd synchronise here; more records follow"""
 
 
 class Stop:
@@ -294,4 +296,5 @@ _OUTCOMES = {
     lib.SP_BAD_ENCODING: Records.BAD_ENCODING,
     lib.SP_BAD_LENGTH: Records.BAD_LENGTH,
     lib.SP_BAD_ENCODED: Records.BAD_ENCODED,
+    lib.SP_FLUSH: Records.FLUSH,
 }

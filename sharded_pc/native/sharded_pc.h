@@ -5,6 +5,9 @@
 #include "../attach/guest/handle.h"
 #include "back/bitmaps.h"
 #include "back/return_path.h"
+#include "multifd/loop.h"
+#include "multifd/packet.h"
+#include "multifd/unpack.h"
 #include "kernel/alias.h"
 #include "kernel/uffd.h"
 #include "lab/floor.h"
@@ -25,5 +28,6 @@
 #include "stream/ram.h"
 #include "stream/straight.h"
 #include "stream/stream.h"
+#include "stream/sync.h"
 
 #endif

@@ -88,6 +88,13 @@ class Shards:
         finally:
             self.guests.drop(slot)
 
+    async def give_channel(self, number: int, fd: int) -> int:
+        """A worker receives a channel of multifd, from a copy of `fd`; its pid.  No successor goes
+        on with it.  ShardError."""
+        process = await self._shards[number % len(self._shards)].present()
+        await process.tell("channel", number, fd=fd)
+        return process.pid
+
     def revive(self) -> None:
         """Shards that were given up (`on_trouble`) get a successor after all."""
         for shard in self._shards:

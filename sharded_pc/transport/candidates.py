@@ -16,7 +16,7 @@ import contextlib
 import logging
 import socket
 
-from sharded_pc.errors import HostError, RemoteProtocolError
+from sharded_pc.errors import HostError
 from sharded_pc.transport.accepting import Acceptor
 from sharded_pc.transport.channels import (
     MOST_BYTES,
@@ -41,12 +41,6 @@ MAX_CANDIDATES = 128
 """At a time; more wait in the queue, so that strangers cannot take all descriptors."""
 
 
-def no_multifd(state: str | None = None) -> RemoteProtocolError:
-    return RemoteProtocolError(
-        "the source opened a channel of multifd: turn its capability multifd off", state=state
-    )
-
-
 class Candidates:
     """Everybody who connects to one listening socket, which is closed with it.
 
@@ -67,11 +61,11 @@ class Candidates:
         self._taken: set[socket.socket] = set()
         """not ours to close any more"""
         self._further: asyncio.Queue[Channel] = asyncio.Queue()
-        self._has_multifd = False
+        self._early: list[Channel] = []
+        """of multifd, which came before the main channel"""
 
     async def source(self) -> Channel:
-        """The main channel.  Called once.  RemoteProtocolError if a channel of multifd comes first;
-        HostError."""
+        """The main channel.  Called once.  HostError."""
         self._found = asyncio.get_running_loop().create_future()
         self._accepting = asyncio.create_task(self._accept())
         self._accepting.add_done_callback(lambda _: self._sock.close())
@@ -101,6 +95,9 @@ class Candidates:
             task.cancel()
         while not self._further.empty():
             self._further.get_nowait().sock.close()
+        for channel in self._early:
+            channel.sock.close()
+        self._early.clear()
         if self._accepting is None:
             self._sock.close()
         else:
@@ -149,6 +146,7 @@ class Candidates:
         if kind is Kind.MAIN and not is_found:
             self._peer = peer
             self._found.set_result(self._take(kind, sock, peer))
+            self._sort_early()
         elif kind is Kind.MULTIFD and self._wanted == SOURCE and self._peer in ("", peer):
             self._multifd(self._take(kind, sock, peer))
         elif kind is Kind.PREEMPT and is_found and self._peer == peer:
@@ -161,16 +159,26 @@ class Candidates:
         return Channel(kind, sock, peer)
 
     def _multifd(self, channel: Channel) -> None:
-        """It may come before the source's main channel, which this receiver then does not await."""
-        self._has_multifd = True
-        self._further.put_nowait(channel)
-        if not self._found.done():
-            self._found.set_exception(no_multifd())
+        """It may come before the source's main channel."""
+        if self._found.done():
+            self._further.put_nowait(channel)
+        elif len(self._early) < MAX_CANDIDATES:
+            self._early.append(channel)
+        else:
+            channel.sock.close()
+
+    def _sort_early(self) -> None:
+        """Only the source's own."""
+        for channel in self._early:
+            if channel.peer == self._peer:
+                self._further.put_nowait(channel)
+            else:
+                channel.sock.close()
+                self._tell(channel.peer, "a channel of multifd, and no source came from there")
+        self._early.clear()
 
     def _tell(self, peer: str, why: str) -> None:
-        """Not when the migration fails: then the source closes its connections one by one."""
-        if not self._has_multifd:
-            log.warning("connection from %s closed: %s", peer, why)
+        log.warning("connection from %s closed: %s", peer, why)
 
 
 async def _opening(sock: socket.socket) -> bytes:

@@ -75,7 +75,6 @@ class RamFlag(enum.IntFlag):
 UNSUPPORTED_RECORDS = {
     RamFlag.FULL: "an obsolete 'full' record",
     RamFlag.HOOK: "an RDMA record (migrate over tcp: or unix:)",
-    RamFlag.MULTIFD_FLUSH: "a multifd record (turn the source's multifd capability off)",
 }
 
 

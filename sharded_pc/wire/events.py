@@ -56,6 +56,11 @@ class RamXbzrle:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class MultifdFlush:
+    """The channels of multifd synchronise here."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class RamSectionEnd:
     """EOS and footer of a `ram` section were seen."""
 

@@ -135,6 +135,8 @@ class Channel:
                 return True
             case RamFlag.MEM_SIZE:
                 raise second_block_list()
+            case RamFlag.MULTIFD_FLUSH:
+                yield events.MultifdFlush()
             case flags if flags & _KIND_MASK in (RamFlag.PAGE, RamFlag.ZERO):
                 yield from self._page(header)
             case flags if flags & _KIND_MASK == RamFlag.XBZRLE:

@@ -1,8 +1,9 @@
 /* Page bitmaps in shared memory: one bit per page, 64-bit words.
  *
  * A block's first bit is a multiple of 64 and so is a stripe, so a word belongs to one shard.
- * Who may write: `received` the coordinator before LISTENING, from then on the shard's placement
- * loop, and the coordinator for pages that it makes visible itself; `requested` the shard's fault loops.  All updates are sequentially consistent: the two
+ * Who may write: `received` the coordinator and multifd's channels before LISTENING, from then on the
+ * shard's placement loop, and the coordinator for pages that it makes visible itself; `requested` the
+ * shard's fault loops.  All updates are sequentially consistent: the two
  * bitmaps form a Dekker pair (fault loop: set requested, look at received; placement: set received,
  * look at requested), and one of the two always sees the other.
  */

@@ -13,6 +13,7 @@
 
 #include "shared/bell.h"
 #include "shared/bitmap.h"
+#include "shared/multifd.h"
 #include "shared/ring.h"
 
 #define SP_CONTROL_MAGIC 0x6374726c73706336ULL /* "ctrlspc6" */
@@ -86,9 +87,11 @@ typedef struct sp_shard {
     sp_ring requests[SP_MAX_GUESTS]; /* worker's fault loop of each guest to coordinator */
 } sp_shard;
 
-/* Writer: the coordinator.  Relaxed. */
+/* Writer: the coordinator; of `normal` and `duplicate` also the loops of multifd's channels.
+ * Relaxed. */
 typedef struct sp_totals {
     _Atomic uint64_t transferred;   /* bytes taken off the main channel */
+    _Atomic uint64_t multifd;       /* bytes taken off channels of multifd; writers: their loops */
     _Atomic uint64_t normal;        /* page records, repeats included */
     _Atomic uint64_t duplicate;     /* zero-page records, QEMU's word for them */
     _Atomic uint64_t requests_sent; /* REQ_PAGES messages */
@@ -126,6 +129,11 @@ typedef struct sp_control {
     _Atomic uint32_t guests[SP_MAX_GUESTS]; /* pids of those attached, by slot, 0: none */
     _Atomic uint64_t destination_start; /* when it began (proc(5), stat, starttime) */
     alignas(64) sp_totals totals;
+    alignas(64) sp_bell reached;     /* rung by channels that come to a SYNC or end, the stream waits */
+    alignas(64) sp_bell passed;      /* rung by the stream, channels wait */
+    _Atomic uint64_t released;       /* SYNCs that channels may pass, SP_SYNC_NEVER: nobody waits, and
+                                      * pages are not legal any more.  Writer: coordinator */
+    sp_multifd_channel channels[SP_MAX_CHANNELS];
     sp_block blocks[SP_MAX_BLOCKS];
     alignas(64) sp_shard shards[];
 } sp_control;

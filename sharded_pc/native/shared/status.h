@@ -29,7 +29,21 @@ typedef enum sp_status {
     SP_BAD_ENCODING = 26, /* xbzrle page in an encoding other than 1 */
     SP_BAD_LENGTH = 27,   /* encoded page of more bytes than it can have */
     SP_BAD_ENCODED = 28,  /* encoded page that does not decode to a page */
-    SP_COMPRESSED = 29    /* zlib data, Python inflates it: sp_ram_inflated() */
+    SP_COMPRESSED = 29,   /* zlib data, Python inflates it: sp_ram_inflated() */
+    SP_FLUSH = 30,        /* RAM_SAVE_FLAG_MULTIFD_FLUSH: the channels of multifd synchronise here */
+
+    /* Packets of multifd (wire/multifd.py is the reference) */
+    SP_PACKET_MAGIC = 32,
+    SP_PACKET_VERSION = 33,
+    SP_PACKET_KIND = 34,   /* flags of a kind of packet that this receiver does not take */
+    SP_PACKET_PAGES = 35,  /* more pages than fit into a packet */
+    SP_PACKET_SIZE = 36,   /* a payload that cannot have this size */
+    SP_PACKET_BLOCK = 37,
+    SP_PACKET_OFFSET = 38,
+    SP_PACKET_PACKED = 39, /* a compressed payload that does not unpack */
+    SP_PACKET_LATE = 40,   /* pages after the switch */
+    SP_CHANNEL_CUT = 41,   /* the channel ended inside a packet */
+    SP_CHANNEL_LOST = 42   /* a channel ended that a SYNC was awaited of */
 } sp_status;
 
 #endif

@@ -31,7 +31,7 @@ void sp_view_control(sp_control *c, sp_control_view *v)
 void sp_view_totals(sp_control *c, sp_totals_view *v)
 {
     sp_totals *t = &c->totals;
-    COPY(t, transferred);
+    v->transferred = LOOK(t->transferred) + LOOK(t->multifd);
     COPY(t, normal);
     COPY(t, duplicate);
     COPY(t, requests_sent);

@@ -262,8 +262,12 @@ static sp_status take_header(sp_ram *r)
         return compressed_record(r);
     case 0x01:
     case 0x80:
-    case 0x200:
         return SP_UNSUPPORTED;
+    case SP_RAM_FLUSH:
+        if (r->main)
+            return SP_UNSUPPORTED;
+        r->stream->pos += 8;
+        return SP_FLUSH;
     default:
         return SP_BAD_FLAGS;
     }

@@ -22,7 +22,8 @@ enum {
     SP_RAM_EOS = 0x10,
     SP_RAM_CONTINUE = 0x20,
     SP_RAM_XBZRLE = 0x40,
-    SP_RAM_COMPRESSED = 0x100
+    SP_RAM_COMPRESSED = 0x100,
+    SP_RAM_FLUSH = 0x200
 };
 
 typedef struct sp_ram {
