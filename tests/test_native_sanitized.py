@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from sharded_pc.native.multifd import can_unpack
+from sharded_pc.wire.multifd import Flag
+
 NATIVE = Path(__file__).parent.parent / "sharded_pc" / "native"
 GUEST = NATIVE.parent / "attach" / "guest"
 TESTS = Path(__file__).parent / "native"
@@ -18,6 +21,7 @@ CORE = sorted(set(NATIVE.glob("**/*.c")) - {NATIVE / "binding.c"})
 WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror")
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREAD = ("-fsanitize=thread",)
+ZLIB = ("-DSP_HAVE_ZLIB", "-lz") if can_unpack(Flag.ZLIB) else ()
 # The thread sanitizer of older compilers cannot live with much address randomisation.
 FIXED = ["setarch", "-R"] if shutil.which("setarch") else []
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -43,20 +47,25 @@ def build(
     own = [TESTS / f"{name}.c" for name in sources]
     core = [source for source in core if source.stem not in without]
     flags = ["-std=gnu11", "-g", "-O1", *WARNINGS, *sanitizer, "-pthread"]
-    run(["cc", *flags, f"-I{NATIVE}", f"-I{TESTS}", "-o", program, *own, *core])
+    run(["cc", *flags, f"-I{NATIVE}", f"-I{TESTS}", "-o", program, *own, *core, *ZLIB])
     return program
 
 
 def test_undefined_behaviour_and_memory(tmp_path: Path) -> None:
     """Every suite under the address and the undefined-behaviour sanitizer, leaks included."""
     pages = ("stream", "pages", "encoded", "straight")
-    sources = ("test_core", "world", "shared", *pages, "return_path")
+    sources = ("test_core", "world", "shared", *pages, "return_path", "multifd")
     run([build(tmp_path / "test_core", ADDRESS, sources)])
 
 
 def test_threads(tmp_path: Path) -> None:
     """What threads share, under the thread sanitizer."""
     run([*FIXED, build(tmp_path / "test_threads", THREAD, ("test_threads", "world"))])
+
+
+def test_channels_of_multifd(tmp_path: Path) -> None:
+    """Channels and the main channel's meetings, under the thread sanitizer."""
+    run([*FIXED, build(tmp_path / "channels", THREAD, ("test_multifd", "multifd", "world"))])
 
 
 def test_guests_that_change_meanwhile(tmp_path: Path) -> None:

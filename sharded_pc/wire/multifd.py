@@ -48,7 +48,8 @@ class Flag(enum.IntFlag):
 
 
 METHODS = Flag.ZLIB | Flag.ZSTD | Flag.QPL | Flag.UADK | Flag.QATZIP
-_KNOWN = Flag.SYNC | Flag.ZLIB | Flag.ZSTD
+_KNOWN = int(Flag.SYNC | Flag.ZLIB | Flag.ZSTD)
+"""A number: the complement of flags has no unknown ones."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

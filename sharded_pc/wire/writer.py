@@ -75,6 +75,10 @@ def eos() -> bytes:
     return _record(RamFlag.EOS)
 
 
+def multifd_flush() -> bytes:
+    return _record(RamFlag.MULTIFD_FLUSH)
+
+
 def footer() -> bytes:
     return struct.pack(">BI", Section.FOOTER, RAM_SECTION)
 

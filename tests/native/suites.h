@@ -14,5 +14,6 @@ void encoded_suite(void);
 void straight_suite(void);
 void return_path_suite(void);
 void oracle_suite(void);
+void multifd_suite(void);
 
 #endif

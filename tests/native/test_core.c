@@ -13,7 +13,8 @@ static const struct {
     {"ring", ring_suite},       {"bitmap", bitmap_suite},   {"bell", bell_suite},
     {"control", control_suite}, {"stream", stream_suite},   {"precopy", precopy_suite},
     {"route", route_suite},     {"records", records_suite}, {"return-path", return_path_suite},
-    {"straight", straight_suite}, {"encoded", encoded_suite}, {"oracle", oracle_suite},
+    {"straight", straight_suite}, {"encoded", encoded_suite}, {"multifd", multifd_suite},
+    {"oracle", oracle_suite},
 };
 
 int main(int argc, char **argv)

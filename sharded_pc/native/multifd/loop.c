@@ -202,6 +202,7 @@ void sp_multifd_run(sp_multifd *m)
     memcpy(ch->name, m->fault.name, sizeof ch->name);
     atomic_store(&ch->state, SP_MULTIFD_ENDED);
     sp_bell_ring(&m->control->reached);
+    shutdown(m->fd, SHUT_RDWR); /* the source would write into it for ever */
 }
 
 void sp_multifd_stop(sp_multifd *m)
