@@ -24,7 +24,8 @@ _KIND_MASK = 0xFFF & ~int(RamFlag.CONTINUE)
 
 def unsupported(header: int) -> RemoteProtocolError:
     kind = RamFlag(header & _KIND_MASK)
-    return RemoteProtocolError(f"the source sends {c.UNSUPPORTED_RECORDS[kind]}")
+    what = c.UNSUPPORTED_RECORDS.get(kind, f"{kind.name} where only requested pages come")
+    return RemoteProtocolError(f"the source sends {what}")
 
 
 def bad_flags(header: int) -> RemoteProtocolError:
