@@ -73,8 +73,9 @@ class Connection:
         self._preempt.receiver = self._receiver = receiver
         self._is_recorded = record_fd >= 0
         incoming = Incoming(
-            self._memory, self._wire.fd, stop, self, receiver, record_fd, resumes=self._resumes
-        )
+            self._memory, self._wire.fd, stop, self, receiver, record_fd, resumes=self._resumes,
+            broken_by=self._wire.broken_by,
+        )  # fmt: skip
         try:
             await asyncio.wrap_future(threads.run(incoming.run, "stream"))
         except ShardedPcError:

@@ -42,6 +42,8 @@ from sharded_pc.transport.incoming import listen
 
 if TYPE_CHECKING:
     from sharded_pc.destination import QemuDestination
+    from sharded_pc.transport.tls.credentials import Credentials
+    from sharded_pc.transport.tls.door import Door
 
 __all__ = ["Coordinator", "Settings"]
 
@@ -75,6 +77,7 @@ class Coordinator:
         self.migration: Migration
         self._attach: AttachServer | None = None
         self._qmp: QmpServer | None = None
+        self._door: Door | None = None
         self.error: ShardedPcError | None = None
         self.resumes = False
         """a dead receiver's migration"""
@@ -101,6 +104,8 @@ class Coordinator:
         settings, callback = self.settings, self._exit.callback
         host.require_host(kernel_faults=bool(settings.qemu))
         callback(self._ending.close)
+        if settings.tls is not None:
+            self._open_door(settings.tls)
         tenure = self._tenure = Tenure(settings)
         callback(tenure.leave)
         self.memory, self.resumes = tenure.memory, tenure.resumes
@@ -114,7 +119,7 @@ class Coordinator:
         await self._start_shards()
         self.migration = Migration(
             settings, self.memory, self.shards, populator, self._huge_pages, self._ending,
-            self._tell_status,
+            self._tell_status, self._door,
         )  # fmt: skip
         connections = self.migration.connections
         self.shards.on_restart = lambda: connections.worker_restarted(self.shards.pids())
@@ -124,6 +129,15 @@ class Coordinator:
         await self._open_sockets()
         await self._make_destination()
         self._exit.push_async_callback(self.migration.close)
+
+    def _open_door(self, credentials: Credentials) -> None:
+        """Behind everybody who connects: it is closed when all connections are."""
+        from sharded_pc.transport.tls.door import Door  # ssl is loaded where it is used
+
+        credentials.check()
+        self._door = Door(credentials)
+        self._exit.push_async_callback(self._door.close)
+        self._door.start()
 
     def _expect_source(self) -> None:
         settings = self.settings
@@ -135,7 +149,7 @@ class Coordinator:
             self._exit.callback(os.close, self._record_fd)
         if settings.qemu:
             _check_destination(settings.qemu)
-        self._listener = listen(settings.incoming)
+        self._listener = listen(settings.incoming, door=self._door)
         self._exit.callback(self._listener.close)
 
     async def _start_shards(self) -> None:
@@ -239,6 +253,8 @@ class Coordinator:
         await self.shards.stop()
         if self._attach is not None:
             await self._attach.close()
+        if self._door is not None:
+            await self._door.close()
 
     def info(self) -> dict:
         """As `query-migrate`."""

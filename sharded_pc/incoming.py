@@ -7,7 +7,7 @@ one: native Ram takes a whole section at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sharded_pc.errors import ConnectionLost, RemoteProtocolError, StreamEnded
 from sharded_pc.geometry import RamBlock
@@ -26,7 +26,8 @@ __all__ = ["Incoming", "Receiver", "bad_record"]
 class Incoming:
     """Drives one stream to its end.  `devices` holds the opaque device state afterwards.
 
-    `resumes`: this is a recovery's stream; the blocks are known and guests run.
+    `resumes`: this is a recovery's stream; the blocks are known and guests run.  `broken_by()` says
+    why a wire ended of which the kernel does not know it.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class Incoming:
         record_fd: int = -1,
         *,
         resumes: bool = False,
+        broken_by: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._memory = memory
         self._control = memory.control
         self._stream = Stream(fd, stop, record_fd, earlier=self._control.totals.transferred)
         self._reader = StreamReader(self._records)
         self._resumes = resumes
+        self._broken_by = broken_by
         self._messages = Messages(memory, self._stream, channels, receiver, stop)
 
     @property
@@ -79,7 +82,7 @@ class Incoming:
         return self._reader.resumed_events(self._control.ram_section)
 
     def _wire_closed(self) -> Exception:
-        where, broken_by = self._stream.offset, self._stream.broken_by
+        where, broken_by = self._stream.offset, self._stream.broken_by or self._broken_by()
         lost = "the connection to the source was lost" + (f" ({broken_by})" if broken_by else "")
         if listening(self.state):
             text = f"{lost} at stream offset {where} in postcopy state {self.state.name}: "

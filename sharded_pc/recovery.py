@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from sharded_pc.address import Address, FileAddress
 from sharded_pc.ending import Ending
@@ -17,19 +18,27 @@ from sharded_pc.errors import HostError, UsageError
 from sharded_pc.state import MigrationStatus
 from sharded_pc.transport.incoming import Listener, Wire, listen
 
+if TYPE_CHECKING:
+    from sharded_pc.transport.tls.door import Door
+
 log = logging.getLogger(__name__)
 
 
 class Recovery:
     """One receiver's; a pause begins with accept(), and ends with what it answers.
 
-    `tell` hears each status, and is to set it.
+    `tell` hears each status, and is to set it; sources come through `door`, if there is one.
     """
 
     def __init__(
-        self, uri: Address | None, ending: Ending, tell: Callable[[MigrationStatus], None]
+        self,
+        uri: Address | None,
+        door: Door | None,
+        ending: Ending,
+        tell: Callable[[MigrationStatus], None],
     ) -> None:
         self._uri = uri
+        self._door = door
         self._ending = ending
         self._tell = tell
         self._is_paused = False
@@ -63,7 +72,7 @@ class Recovery:
         was_awaited = self._listener is not None
         self.close()  # it may be the same address
         try:
-            self._listener = listen(uri, recovers=True)
+            self._listener = listen(uri, recovers=True, door=self._door)
         except (HostError, UsageError):
             if was_awaited:  # it is not any more
                 self._tell(MigrationStatus.POSTCOPY_PAUSED)

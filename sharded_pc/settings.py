@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sharded_pc import runtime_folder
 from sharded_pc.address import Address
 from sharded_pc.attach.server import STEP_SECONDS
 from sharded_pc.geometry import Placement
+
+if TYPE_CHECKING:
+    from sharded_pc.transport.tls.credentials import Credentials
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +34,8 @@ class Settings:
     """where the source of a paused migration may come again, unasked"""
     switchover_ack: bool = False
     """the source's capability of this name is on: it is told that it may switch"""
+    tls: Credentials | None = None
+    """what a source must show; None: the stream is plain"""
     record: str | None = None
     keep: bool = False
     reserve: bool = False

@@ -24,6 +24,7 @@ from sharded_pc.errors import ExitCode, ShardedPcError, UsageError
 
 if TYPE_CHECKING:
     from sharded_pc.settings import Settings
+    from sharded_pc.transport.tls.credentials import Credentials
 
 
 def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +68,25 @@ def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
         "--switchover-ack",
         action="store_true",
         help="the source's capability switchover-ack is on: tell it that it may switch",
+    )
+    parser.add_argument(
+        "--tls-creds",
+        metavar="DIR",
+        help="speak TLS, also when recovering: ca-cert.pem, server-cert.pem, server-key.pem and "
+        "perhaps ca-crl.pem; the source must show a certificate that this CA has signed",
+    )
+    parser.add_argument(
+        "--tls-authz",
+        metavar="DN",
+        action="append",
+        default=[],
+        help="the source's certificate must have this distinguished name, as in CN=host,O=Example; "
+        "may be given several times",
+    )
+    parser.add_argument(
+        "--tls-psk",
+        metavar="DIR",
+        help="speak TLS with a key that both sides have, in keys.psk (Python 3.13)",
     )
     parser.add_argument("--record", metavar="FILE", help="write the stream down as it comes")
     parser.add_argument(
@@ -118,11 +138,28 @@ def settings_of(args: argparse.Namespace) -> Settings:
         control=args.control or runtime_path(name, CONTROL),
         recover_uri=recover_uri(args.recover_uri),
         switchover_ack=args.switchover_ack,
+        tls=tls_of(args),
         record=args.record,
         keep=args.keep,
         reserve=args.reserve,
         status_fd=args.status_fd,
     )
+
+
+def tls_of(args: argparse.Namespace) -> Credentials | None:
+    """UsageError for options that do not go together; the files are not looked at."""
+    if args.tls_creds is None and args.tls_psk is None:
+        if args.tls_authz:
+            raise UsageError("--tls-authz: names stand in certificates: give --tls-creds DIR too")
+        return None
+    from sharded_pc.transport.tls.credentials import X509, Psk  # ssl is loaded where it is used
+
+    if args.tls_psk is None:
+        return X509(args.tls_creds, tuple(args.tls_authz))
+    if args.tls_creds is not None or args.tls_authz:
+        raise UsageError("--tls-psk: with a shared key there is no certificate: leave --tls-creds "
+                         "and --tls-authz out")  # fmt: skip
+    return Psk(args.tls_psk)
 
 
 def recover_uri(text: str | None) -> Address | None:

@@ -52,6 +52,14 @@ class Acceptor:
         """As accept(), for who reads and writes by asyncio's streams."""
         return await asyncio.open_unix_connection(sock=await self.accept())
 
+    @property
+    def on_the_way(self) -> list[str]:
+        """Whence those come who are accepted and cannot be taken yet."""
+        return []
+
+    def close(self) -> None:
+        """Nobody takes any more; who was not taken is let go."""
+
     def take(self) -> socket.socket | None:
         """One that waits in the queue already, if there is one."""
         while True:

@@ -28,7 +28,7 @@ from sharded_pc.transport.channels import (
     may_go_on,
 )
 from sharded_pc.transport.fds import readable
-from sharded_pc.transport.peers import peer_of
+from sharded_pc.transport.peers import origin_of
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,12 @@ LOOK_AGAIN_SECONDS = 0.02
 """Between two looks at half a magic, which keeps the socket readable."""
 MAX_CANDIDATES = 128
 """At a time; more wait in the queue, so that strangers cannot take all descriptors."""
+TLS = b"\x16\x03"
+"""A handshake's first record (RFC 8446, 5.1)."""
+TLS_UNASKED = (
+    "it speaks TLS: start this receiver with --tls-creds or --tls-psk, or take tls-creds away at "
+    "the source"
+)
 
 
 class Candidates:
@@ -48,11 +54,14 @@ class Candidates:
     each with its kind, until close() lets everybody else go.
     """
 
-    def __init__(self, sock: socket.socket, wanted: bytes = SOURCE) -> None:
-        """`wanted`: what the source says first, SOURCE or RECOVERY."""
+    def __init__(
+        self, sock: socket.socket, wanted: bytes = SOURCE, acceptor: Acceptor | None = None
+    ) -> None:
+        """`wanted`: what the source says first, SOURCE or RECOVERY.  `acceptor`: takes them off
+        `sock` otherwise than as they come (TLS)."""
         self._sock = sock
         self._wanted = wanted
-        self._acceptor = Acceptor(sock)
+        self._acceptor = acceptor or Acceptor(sock)
         self._room = asyncio.Semaphore(MAX_CANDIDATES)
         self._looking: dict[socket.socket, asyncio.Task] = {}
         self._accepting: asyncio.Task | None = None
@@ -83,14 +92,16 @@ class Candidates:
                 self._look_at(sock)
         unknown = [sock for sock in self._looking if sock not in self._taken and _is_open(sock)]
         for sock in unknown:
-            if _peer(sock) != self._peer and not _has_spoken(sock):
-                self._tell(_peer(sock), "it said nothing")
+            if origin_of(sock) != self._peer and not _has_spoken(sock):
+                self._tell(origin_of(sock), "it said nothing")
                 self._looking[sock].cancel()
-        own = any(_peer(sock) == self._peer for sock in unknown)
-        return own or not self._further.empty()
+        own = any(origin_of(sock) == self._peer for sock in unknown)
+        is_coming = self._peer in self._acceptor.on_the_way
+        return own or is_coming or not self._further.empty()
 
     def close(self) -> None:
         """Each task closes its own socket, behind its last look at it."""
+        self._acceptor.close()
         for task in self._looking.values():
             task.cancel()
         while not self._further.empty():
@@ -113,7 +124,7 @@ class Candidates:
                 self._found.set_exception(HostError(f"take a connection: {error.strerror}"))
 
     def _look_at(self, sock: socket.socket) -> None:
-        task = asyncio.create_task(self._look(sock, _peer(sock)))
+        task = asyncio.create_task(self._look(sock, origin_of(sock)))
         self._looking[sock] = task
         task.add_done_callback(lambda _: self._let_go(sock))
 
@@ -218,14 +229,6 @@ def _describe(opening: bytes, *, awaits_new: bool) -> str:
         return "it begins a new migration where a paused one is to be recovered"
     if opening.startswith(RECOVERY):
         return "it recovers a migration, and none is paused here"
+    if opening.startswith(TLS):
+        return TLS_UNASKED
     return f"it is no source, it begins with {opening.hex(' ')}"
-
-
-def _peer(sock: socket.socket) -> str:
-    """Where it comes from: all connections of one source come from there."""
-    if sock.family == socket.AF_UNIX:
-        return f"process {peer_of(sock).pid}"
-    try:
-        return sock.getpeername()[0]
-    except OSError:  # reset already
-        return "nowhere"

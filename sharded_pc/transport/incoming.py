@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import os
 import signal
@@ -13,30 +14,43 @@ import socket
 import stat
 import subprocess
 from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from sharded_pc import address as addr
-from sharded_pc.errors import HostError, UsageError
+from sharded_pc.errors import HostError, RemoteProtocolError, UsageError
 from sharded_pc.transport.accepting import BACKLOG
 from sharded_pc.transport.candidates import Candidates
 from sharded_pc.transport.channels import RECOVERY, SOURCE, Channel
 from sharded_pc.transport.liveness import watch_peer
+
+if TYPE_CHECKING:
+    from sharded_pc.transport.tls.accepting import TlsAcceptor
+    from sharded_pc.transport.tls.door import Door
 
 log = logging.getLogger(__name__)
 
 OPEN_TO_ALL = (
     "%s can be reached from other hosts, and the stream is neither encrypted nor authenticated: "
     "whoever reaches that port can send a guest of their own, and whoever is on the way can read "
-    "and change the guest's memory; use a network that you trust, or listen on 127.0.0.1 and tunnel"
+    "and change the guest's memory; use TLS (--tls-creds), or a network that you trust"
 )
 
 
 class Wire:
-    """A connected stream.  `fd` is read; `back_fd` is written, -1 where there is no way back."""
+    """A connected stream.  `fd` is read; `back_fd` is written, -1 where there is no way back.
+    `broken_by()` says, once it has ended, why, where the kernel does not know (TLS)."""
 
-    def __init__(self, fd: int, back_fd: int, close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        fd: int,
+        back_fd: int,
+        close: Callable[[], None],
+        broken_by: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self.fd = fd
         self.back_fd = back_fd
         self._close = close
+        self.broken_by = broken_by
 
     def hang_up(self) -> None:
         """The peer sees the end, also where other processes have the wire open."""
@@ -51,12 +65,24 @@ _STREAM = (socket.AF_UNIX, socket.SOCK_STREAM)
 """What shutdown(2) does not ask about."""
 
 
-def _from_socket(sock: socket.socket, keep_alive: addr.KeepAlive) -> Wire:
+def _prepare(sock: socket.socket, keep_alive: addr.KeepAlive) -> None:
+    """What a connection over a network needs; before anything is put around it."""
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         watch_peer(sock, keep_alive)
     sock.setblocking(False)
-    return Wire(sock.fileno(), sock.fileno(), sock.close)
+
+
+def _from_socket(sock: socket.socket) -> Wire:
+    why = getattr(sock, "broken_by", lambda: None)
+    return Wire(sock.fileno(), sock.fileno(), sock.close, why)
+
+
+class _How(NamedTuple):
+    """How a source is to come: what it says first, and through which door."""
+
+    wanted: bytes
+    door: Door | None
 
 
 class Listener:
@@ -95,10 +121,13 @@ class Listener:
 
 class _SocketListener(Listener):
     def __init__(
-        self, address: addr.Address, sock: socket.socket, wanted: bytes, path: str | None = None
+        self, address: addr.Address, sock: socket.socket, how: _How, path: str | None = None
     ) -> None:
         super().__init__(address)
-        self._candidates = Candidates(sock, wanted)
+        keep_alive = getattr(address, "keep_alive", addr.KeepAlive())
+        self._prepare = functools.partial(_prepare, keep_alive=keep_alive)
+        acceptor = how.door and _tls_acceptor(sock, how.door, self._prepare)
+        self._candidates = Candidates(sock, how.wanted, acceptor)
         self._path = path
 
     async def accept(self) -> Wire:
@@ -108,8 +137,8 @@ class _SocketListener(Listener):
         return await self._candidates.channel()
 
     def wire(self, channel: Channel) -> Wire:
-        keep_alive = getattr(self.address, "keep_alive", addr.KeepAlive())
-        return _from_socket(channel.sock, keep_alive)
+        self._prepare(channel.sock)
+        return _from_socket(channel.sock)
 
     def settle(self) -> bool:
         return self._candidates.settle()
@@ -146,7 +175,40 @@ class _ReadyListener(Listener):
             self._wire = None
 
 
-def _tcp(where: addr.TcpAddress, wanted: bytes) -> Listener:
+class _ReadySocket(Listener):
+    """A connected socket that `door` has still to open."""
+
+    def __init__(self, address: addr.Address, sock: socket.socket, door: Door) -> None:
+        super().__init__(address)
+        self._sock: socket.socket | None = sock
+        self._door = door
+
+    async def accept(self) -> Wire:
+        """As _ReadyListener's; RemoteProtocolError if the peer does not get through."""
+        if self._sock is None:
+            await asyncio.get_running_loop().create_future()
+        sock, self._sock = self._sock, None
+        assert sock is not None
+        try:
+            return _from_socket(await self._door.open(sock, str(self.address)))
+        except RemoteProtocolError as error:
+            raise RemoteProtocolError(f"{self.address}: {error}") from None
+
+    def close(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+
+def _tls_acceptor(
+    sock: socket.socket, door: Door, prepare: Callable[[socket.socket], None]
+) -> TlsAcceptor:
+    from sharded_pc.transport.tls.accepting import TlsAcceptor  # ssl is loaded where it is used
+
+    return TlsAcceptor(sock, door, prepare)
+
+
+def _tcp(where: addr.TcpAddress, how: _How) -> Listener:
     host = where.host or None
     infos = socket.getaddrinfo(host, where.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, kind, proto, _, sockaddr = infos[0]
@@ -160,9 +222,9 @@ def _tcp(where: addr.TcpAddress, wanted: bytes) -> Listener:
         raise
     sock.setblocking(False)
     host, port, *_ = sock.getsockname()
-    if not addr.is_loopback(host):
+    if how.door is None and not addr.is_loopback(host):
         log.warning(OPEN_TO_ALL, where)
-    return _SocketListener(dataclasses.replace(where, port=port), sock, wanted)
+    return _SocketListener(dataclasses.replace(where, port=port), sock, how)
 
 
 def bind_unix(path: str) -> socket.socket:
@@ -197,22 +259,35 @@ def _remove_dead_socket(path: str) -> None:
                     raise
 
 
-def _unix(where: addr.UnixAddress, wanted: bytes) -> Listener:
-    return _SocketListener(where, bind_unix(where.path), wanted, where.path)
+def _unix(where: addr.UnixAddress, how: _How) -> Listener:
+    return _SocketListener(where, bind_unix(where.path), how, where.path)
 
 
-def _fd(where: addr.FdAddress, wanted: bytes) -> Listener:
+def _fd(where: addr.FdAddress, how: _How) -> Listener:
     try:
         mode = os.fstat(where.fd).st_mode
     except OSError:
         raise UsageError(f"{where}: descriptor {where.fd} is not open in this process") from None
     if stat.S_ISSOCK(mode):
-        return _ReadyListener(where, _from_socket(socket.socket(fileno=where.fd), addr.KeepAlive()))
+        sock = socket.socket(fileno=where.fd)
+        _prepare(sock, addr.KeepAlive())
+        return _ReadySocket(where, sock, how.door) if how.door else _ready(where, sock)
+    _refuse_tls(where, how)
     return _ReadyListener(where, Wire(where.fd, -1, lambda: os.close(where.fd)))
 
 
-def _exec(where: addr.ExecAddress, wanted: bytes) -> Listener:
+def _ready(where: addr.Address, sock: socket.socket) -> Listener:
+    return _ReadyListener(where, _from_socket(sock))
+
+
+def _refuse_tls(where: addr.Address, how: _How) -> None:
+    if how.door is not None:
+        raise UsageError(f"{where}: there is no TLS without a socket: leave --tls-creds out")
+
+
+def _exec(where: addr.ExecAddress, how: _How) -> Listener:
     """Standard input and output of the command are one end of a socket pair: both directions."""
+    _refuse_tls(where, how)
     ours, theirs = socket.socketpair()
     with theirs:
         child = subprocess.Popen(
@@ -232,7 +307,8 @@ def _exec(where: addr.ExecAddress, wanted: bytes) -> Listener:
     return _ReadyListener(where, Wire(ours.fileno(), ours.fileno(), close))
 
 
-def _file(where: addr.FileAddress, wanted: bytes) -> Listener:
+def _file(where: addr.FileAddress, how: _How) -> Listener:
+    _refuse_tls(where, how)
     fd = os.open(where.path, os.O_RDONLY | os.O_CLOEXEC)
     os.lseek(fd, where.offset, os.SEEK_SET)
     return _ReadyListener(where, Wire(fd, -1, lambda: os.close(fd)))
@@ -247,10 +323,11 @@ _KINDS = {
 }
 
 
-def listen(where: addr.Address, *, recovers: bool = False) -> Listener:
+def listen(where: addr.Address, *, recovers: bool = False, door: Door | None = None) -> Listener:
     """Makes the place a source migrates to, or with `recovers` the one where the source of a paused
-    migration comes again; HostError names it when that fails."""
+    migration comes again, through `door` if it is to speak TLS; HostError names it when that
+    fails."""
     try:
-        return _KINDS[type(where)](where, RECOVERY if recovers else SOURCE)
+        return _KINDS[type(where)](where, _How(RECOVERY if recovers else SOURCE, door))
     except OSError as error:
         raise HostError(f"{where}: {error.strerror or error}") from error

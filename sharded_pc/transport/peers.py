@@ -23,6 +23,19 @@ class Peer(NamedTuple):
         return self.uid in (0, os.geteuid())
 
 
+def origin_of(sock: socket.socket) -> str:
+    """Where it comes from: all connections of one source come from there.  The plain end of a TLS
+    connection remembers it."""
+    if known := getattr(sock, "peer", ""):
+        return known
+    if sock.family == socket.AF_UNIX:
+        return f"process {peer_of(sock).pid}"
+    try:
+        return sock.getpeername()[0]
+    except OSError:  # reset already
+        return "nowhere"
+
+
 def peer_of(sock: socket.socket) -> Peer:
     """Of a connected Unix socket; also when the other end has gone."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
