@@ -51,7 +51,11 @@ def test_received(tmp_path, unique_name, binary, kind):
 @pytest.mark.usefixtures("placement")
 def test_resumed_cut_and_recovered(tmp_path, unique_name, binary):
     """A guest runs here while its RAM comes; over two more connections after the first."""
-    with operated(tmp_path, unique_name, binary, *options(), prepare=lambda vms: speak_tls(vms.source)) as operator:
+
+    def prepare(vms) -> None:
+        speak_tls(vms.source)
+
+    with operated(tmp_path, unique_name, binary, *options(), prepare=prepare) as operator:
         for by, uri in (("source", None), ("receiver", "tcp:127.0.0.1:0")):
             operator.cut(by)
             operator.recover(uri)
