@@ -21,6 +21,7 @@ COMMANDS = {
     "run": "sharded_pc.cli.run:Run",
     "status": "sharded_pc.cli.status:Status",
     "bench": "sharded_pc.cli.bench:Bench",
+    "dump": "sharded_pc.cli.dump:Dump",
     "demo": "sharded_pc.cli.demo:Demo",
     "clean": "sharded_pc.cli.clean:Clean",
 }

@@ -13,6 +13,7 @@
 #include "lab/floor.h"
 #include "lab/oracle.h"
 #include "lab/page_service.h"
+#include "lab/pass.h"
 #include "records.h"
 #include "shard/place.h"
 #include "shard/request.h"

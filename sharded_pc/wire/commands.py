@@ -44,7 +44,8 @@ def _recv_bitmap(payload: bytes) -> events.RecvBitmap:
     return events.RecvBitmap(text(payload[1:]))
 
 
-def _event(cmd: Cmd, payload: bytes):
+def meaning(cmd: Cmd, payload: bytes):
+    """The event of a command whose length is right; RemoteProtocolError."""
     match cmd:
         case Cmd.OPEN_RETURN_PATH:
             return events.OpenReturnPath()
@@ -74,6 +75,13 @@ def command() -> Parser:
     """The event of one command, whose section byte was taken already."""
     cmd = yield from number(2)
     size = yield from number(2)
+    which = known(cmd, size)
+    payload = (yield size) if size else b""
+    return meaning(which, bytes(payload))
+
+
+def known(cmd: int, size: int) -> Cmd:
+    """The command of that number, if it may have `size` bytes; RemoteProtocolError."""
     if cmd not in list(Cmd):
         raise RemoteProtocolError(f"unknown command {cmd:#x} of {size} bytes")
     cmd = Cmd(cmd)
@@ -81,5 +89,4 @@ def command() -> Parser:
     if lengths is not None and size not in lengths:
         expected = " or ".join(map(str, lengths))
         raise RemoteProtocolError(f"{cmd.name} of {size} bytes, expected {expected}")
-    payload = (yield size) if size else b""
-    return _event(cmd, bytes(payload))
+    return cmd

@@ -15,6 +15,27 @@ class Configuration:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Subsection:
+    """Of the configuration (not told by StreamReader, which checks it)."""
+
+    name: str
+    version: int
+    target_page_bits: int | None = None
+    capabilities: tuple[str, ...] = ()
+    uuid: bytes | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SectionHead:
+    """What a START or FULL section begins with (StreamReader does not tell it)."""
+
+    section: int
+    name: str
+    instance: int
+    version: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class RamSection:
     """A `ram` section begins; its records follow."""
 

@@ -223,7 +223,8 @@ def first_record(page_sizes: int | None = None) -> Parser:
         raise
 
 
-def _one_block(page_sizes: int) -> Parser:
+def one_block(page_sizes: int) -> Parser:
+    """A block of the list; `page_sizes` as POSTCOPY_ADVISE says."""
     name = yield from counted_text("RAM block list entry")
     if "\0" in name:  # names are C strings to QEMU and to the core
         raise RemoteProtocolError(f"block name {name!r} with a NUL in it")
@@ -259,7 +260,7 @@ def block_list(total: int, page_sizes: int = PAGE_BYTES) -> Parser:
     blocks: dict[str, RamBlock] = {}
     left = total
     while left > 0:
-        block = yield from _one_block(page_sizes)
+        block = yield from one_block(page_sizes)
         if block.name in blocks:
             raise RemoteProtocolError(f"block {block.name!r} stands twice in the block list")
         if len(blocks) == c.MAX_BLOCKS:

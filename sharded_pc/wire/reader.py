@@ -125,20 +125,17 @@ class StreamReader:
         return False
 
     def _configured(self) -> Parser:
-        name = yield from counted_text("subsection")
-        yield from number(4)  # its version
-        if name == "configuration/target-page-bits":
-            bits = yield from number(4)
-            if bits != c.TARGET_PAGE_BITS:
+        told = yield from subsection()
+        bits = told.target_page_bits
+        if bits not in (None, c.TARGET_PAGE_BITS):
+            raise RemoteProtocolError(
+                f"target pages of 2^{bits} bytes, expected 2^{c.TARGET_PAGE_BITS}"
+            )
+        for name in told.capabilities:
+            if why := _REFUSED_CAPABILITIES.get(name):
                 raise RemoteProtocolError(
-                    f"target pages of 2^{bits} bytes, expected 2^{c.TARGET_PAGE_BITS}"
+                    f"the source uses capability {name!r}: {why}; turn it off"
                 )
-        elif name == "configuration/capabilities":
-            yield from _capabilities()
-        elif name == "configuration/uuid":
-            yield 16
-        else:
-            raise RemoteProtocolError(f"unknown subsection {name!r}")
 
     def _command(self) -> Parser:
         event = yield from command()
@@ -157,21 +154,19 @@ class StreamReader:
             self.switched = True
 
     def _start(self) -> Parser:
-        section = yield from number(4)
-        name = yield from counted_text("section")
-        instance = yield from number(4)
-        version = yield from number(4)
-        if name != "ram":
+        head = yield from section_head()
+        version = head.version
+        if head.name != "ram":
             raise RemoteProtocolError(
-                f"section of device {name!r} (instance {instance}) cannot be skipped: its length "
-                f"is not in the stream; {_remedy(name)}"
+                f"section of device {head.name!r} (instance {head.instance}) cannot be skipped: "
+                f"its length is not in the stream; {_remedy(head.name)}"
             )
         if version != c.RAM_SECTION_VERSION or self._ram_id is not None:
             why = "a second time" if self._ram_id is not None else f"with version {version}"
             raise RemoteProtocolError(
                 f"section 'ram' {why}, expected one of version {c.RAM_SECTION_VERSION}"
             )
-        self._ram_id = section
+        self._ram_id = head.section
         yield from self._ram_section(Section.START)
 
     def _more(self, kind: Section) -> Parser:
@@ -224,15 +219,36 @@ def _configuration() -> Parser:
     return events.Configuration(text((yield size)))
 
 
+def section_head() -> Parser:
+    """What stands in a START or FULL section before its content."""
+    section = yield from number(4)
+    name = yield from counted_text("section")
+    instance = yield from number(4)
+    return events.SectionHead(section, name, instance, (yield from number(4)))
+
+
+def subsection() -> Parser:
+    """One subsection of the configuration."""
+    name = yield from counted_text("subsection")
+    version = yield from number(4)
+    match name:
+        case "configuration/target-page-bits":
+            return events.Subsection(name, version, target_page_bits=(yield from number(4)))
+        case "configuration/capabilities":
+            return events.Subsection(name, version, capabilities=(yield from _capabilities()))
+        case "configuration/uuid":
+            return events.Subsection(name, version, uuid=bytes((yield 16)))
+    raise RemoteProtocolError(f"unknown subsection {name!r}")
+
+
 def _capabilities() -> Parser:
     count = yield from number(4)
     if count > c.MAX_CAPABILITIES:
         raise RemoteProtocolError(f"{count} capabilities, expected at most {c.MAX_CAPABILITIES}")
+    names = []
     for _ in range(count):
-        name = yield from counted_text("capability")
-        why = _REFUSED_CAPABILITIES.get(name)
-        if why:
-            raise RemoteProtocolError(f"the source uses capability {name!r}: {why}; turn it off")
+        names.append((yield from counted_text("capability")))
+    return tuple(names)
 
 
 def _package(length: int) -> Parser:

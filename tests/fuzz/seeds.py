@@ -8,8 +8,8 @@ import struct
 from collections.abc import Callable, Iterable
 
 from sharded_pc.attach import protocol
+from sharded_pc.wire import multifd, writer
 from sharded_pc.wire import return_path as rp
-from sharded_pc.wire import writer
 from tests import bad_stream_cases, stream_cases, wire_cases
 from tests.fuzz.targets import attaching, incoming
 
@@ -20,6 +20,18 @@ SCM_MAX_FD = 253
 def _stream() -> Iterable[bytes]:
     yield from (case.stream for case in (*stream_cases.GOOD, *stream_cases.UNDESCRIBED))
     yield from (case.stream for case in bad_stream_cases.BAD if len(case.stream) < 1000)
+
+
+def _dump() -> Iterable[bytes]:
+    """Recordings of all kinds."""
+    yield from _stream()
+    yield writer.recv_bitmap("pc.ram") + writer.postcopy_resume() + writer.ram_section(b"")
+    page = writer.page("pc.ram", 4096, stream_cases.DATA)
+    yield page + writer.zero_page(None, 8192)
+    greeting = struct.pack(">II16sB39x", 0x11223344, 1, bytes(16), 1)
+    packet = multifd.header(7, 0, "a", (0,), (4096,))
+    yield greeting + packet + stream_cases.DATA
+    yield greeting + struct.pack(">III256sII", 0x11223344, 1, 64, b"vfio", 3, 5) + b"state"
 
 
 def _incoming() -> Iterable[bytes]:
@@ -167,6 +179,7 @@ _SEEDS: dict[str, Callable[[], Iterable[bytes]]] = {
     "ram": _ram,
     "ram_records": _ram_records,
     "return_path": _return_path,
+    "dump": _dump,
     "stream": _stream,
 }
 
