@@ -290,13 +290,6 @@ class TestSourceGivesUp:
 class TestRefusals:
     """What a source may not use is named."""
 
-    def test_multifd(self, tmp_path, unique_name, binary):
-        with booted(tmp_path, binary) as source:
-            source.set_capabilities(multifd=True)
-            with Receiver(tmp_path, unique_name) as receiver:
-                begin_precopy(source, receiver.uri(), postcopy=False, rate=64 * MIB)
-                check_refused(source, receiver, 4, "multifd", timeout=5)
-
     def test_switchover_ack_without_the_option(self, tmp_path, unique_name, newer):
         """The source does not switch; its guest goes on, and the receiver can be told to end."""
         with booted(tmp_path, newer) as source:
