@@ -320,6 +320,15 @@ class LoneReceiver:
     def stop_requested(self) -> None:
         pass
 
+    def sync_channels(self, *, flush: bool) -> None:
+        pass
+
+    def settle_channels(self) -> None:
+        pass
+
+    def look_at_channels(self) -> None:
+        pass
+
     def open_return_path(self) -> None:
         if self._return_path is None:
             self._return_path = ReturnPath(self.memory.control, self._ours.fileno())

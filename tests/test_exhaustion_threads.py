@@ -112,6 +112,8 @@ def test_the_coordinator_has_no_thread_for_a_recovery(tmp_path, unique_name):
 def test_no_process_for_a_successor(tmp_path, unique_name):
     """The spare dies too, and neither a worker nor a spare can be started."""
     with begun(tmp_path, unique_name) as (receiver, source, control):
+        whole = 4  # coordinator, worker, spare, multiprocessing's resource tracker
+        wait_until(lambda: len(receiver.processes()) == whole, "the spare", WAIT_S)
         with by_cgroup(receiver.pid, unique_name):
             first = worker_pid(control)
             os.kill(first, signal.SIGKILL)

@@ -225,8 +225,9 @@ class Core:
         while piece:
             piece = piece[ours.send(piece) :]
             try:
-                while (outcome := ram.records()) is Records.EOS:
-                    sections.append(stream.offset)
+                while (outcome := ram.records()) in (Records.EOS, Records.FLUSH):
+                    if outcome is Records.EOS:
+                        sections.append(stream.offset)
             except NotYet:
                 continue
             return bad_record(outcome, ram, self.geometry.blocks)

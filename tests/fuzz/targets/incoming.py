@@ -70,6 +70,7 @@ class _Connection:
         self.sent = b""
         self.guests = memory.guests
         self.aliases = memory.core.aliases
+        self.acks_switchover = False
 
     def post(self, message: bytes) -> None:
         self.sent += message
@@ -86,7 +87,7 @@ class _Connection:
 
     def __getattr__(self, name: str):
         """The other calls change nothing that is looked at here."""
-        return lambda *_: None
+        return lambda *_, **__: None
 
 
 _memory = functools.cache(_Memory)
