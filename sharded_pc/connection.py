@@ -1,4 +1,4 @@
-"""One connection of a source: its wire, the stream's thread, and the way back.
+"""One connection of a source: its wires and the threads of their streams.
 
 It lives from the source's first byte to the wire's end, which is the migration's end, its failure,
 or a pause; the memory, its guests and the migration outlive it.
@@ -9,24 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import stat
 from collections.abc import Sequence
-from concurrent.futures import Future
 
 from sharded_pc import threads
 from sharded_pc.ending import Ending
-from sharded_pc.errors import HostError, RemoteProtocolError, ShardedPcError
+from sharded_pc.errors import RemoteProtocolError, ShardedPcError
 from sharded_pc.incoming import Incoming, Receiver
 from sharded_pc.loop_calls import from_stream
 from sharded_pc.memory import GuestMemory
 from sharded_pc.multifd import Multifd
 from sharded_pc.native.ram import Ram
-from sharded_pc.native.return_path import ReturnPath
 from sharded_pc.preempt import Preempt
 from sharded_pc.state import PostcopyState
 from sharded_pc.transport.channels import Channel, Kind
 from sharded_pc.transport.incoming import Listener, Wire
+from sharded_pc.way_back import WayBack
 from sharded_pc.wire import return_path
 
 log = logging.getLogger(__name__)
@@ -56,8 +53,7 @@ class Connection:
         self._listener = listener
         self._memory = memory
         self._resumes = resumes
-        self._return_path: ReturnPath | None = None
-        self._return_end: Future | None = None
+        self.back = WayBack(memory, wire.back_fd)
         self._has_begun = False
         self._is_recorded = False
         self._ends_preempt = False
@@ -84,14 +80,14 @@ class Connection:
                 raise self.ending.trouble from None
             raise
         finally:
-            await self._end_return_path()
+            await self.back.end()
 
     def _tell_failure(self) -> None:
         """A source that has stopped its guest learns that it does not run here, and may go on with
         it.  Never once it has run: then it would run twice."""
         if self._memory.control.postcopy_state is PostcopyState.LISTENING:
             with contextlib.suppress(RemoteProtocolError):
-                self.post(return_path.shut(1))
+                self.back.post(return_path.shut(1))
 
     def hang_up(self) -> None:
         """The peer sees the end of the wire now: workers keep it open until they get another."""
@@ -197,53 +193,3 @@ class Connection:
 
     def stop_requested(self) -> None:
         self._preempt.close()
-
-    # The way back
-
-    @property
-    def requests_fd(self) -> int:
-        """Where fault loops may send requests themselves; -1: nowhere."""
-        fd = self._wire.back_fd
-        return fd if fd >= 0 and stat.S_ISSOCK(os.fstat(fd).st_mode) else -1
-
-    def open_return_path(self) -> None:
-        if self._return_path is not None:
-            return
-        self._return_path = ReturnPath(self._memory.control, self._wire.back_fd)
-        self._return_end = threads.run(self._send_back, "return-path")
-
-    def arm(self) -> None:
-        """Pages may be requested from now on; those that wait already are."""
-        if self._return_path is not None:
-            self._return_path.arm(self._memory.received, self._memory.requested)
-
-    def ask_again(self) -> None:
-        """Asks the source for everything that is requested and not received."""
-        if self._return_path is not None:
-            self._return_path.again()
-
-    def post(self, message: bytes) -> None:
-        assert self._return_path is not None
-        try:
-            self._return_path.post(message)
-        except HostError:  # ENOBUFS
-            raise RemoteProtocolError(
-                "the source does not read its return path: too many answers to it wait"
-            ) from None
-
-    def send_bitmap(self, block: int) -> None:
-        assert self._return_path is not None
-        self._return_path.bitmap(self._memory.received, block)
-
-    def _send_back(self) -> None:
-        assert self._return_path is not None
-        try:
-            self._return_path.loop()
-        except HostError as error:
-            # The stream's thread meets the same broken wire and says what it means.
-            log.warning("%s", error)
-
-    async def _end_return_path(self) -> None:
-        if self._return_path is not None and self._return_end is not None:
-            self._return_path.stop()
-            await asyncio.wrap_future(self._return_end)

@@ -108,7 +108,7 @@ class Connections:
         """Asks the source for all pages that are requested and not received; while there is no
         source, that is done when there is one."""
         if self.current is not None:
-            self.current.ask_again()
+            self.current.back.ask_again()
 
     def worker_restarted(self, pids: Sequence[int]) -> None:
         """`pids`: those that serve now."""

@@ -48,6 +48,7 @@ class Incoming:
         self._reader = StreamReader(self._records)
         self._resumes = resumes
         self._broken_by = broken_by
+        self._channels = channels
         self._messages = Messages(memory, self._stream, channels, receiver, stop)
 
     @property
@@ -64,7 +65,7 @@ class Incoming:
         try:
             self._drive(self._events())
         except WireClosed:
-            self._messages.look_at_channels()
+            self._channels.look_at_channels()
             raise self._wire_closed() from None
         except RemoteProtocolError as error:
             error.offset = self._stream.offset if error.offset is None else error.offset
@@ -147,7 +148,9 @@ class Incoming:
             yield events.MultifdFlush()
         if outcome is not Records.EOS:
             raise bad_record(outcome, self._messages.ram, self._memory.geometry.blocks)
-        self._messages.records_ended()
+        # The section's footer may be long in coming: QEMU has it in its buffer while it waits for
+        # the channels of multifd.
+        self._channels.sync_channels(flush=False)
 
     def _setup_records(self) -> Parser:
         """The setup section begins with the block list; only then is there memory for pages."""

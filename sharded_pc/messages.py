@@ -20,8 +20,22 @@ from sharded_pc.state import Message, MigrationStatus, PostcopyState, advance, l
 from sharded_pc.wire import events, return_path
 
 
+class Back(Protocol):
+    """The way back to the source (way_back.py)."""
+
+    is_open: bool
+
+    def open(self) -> None: ...
+
+    def post(self, message: bytes) -> None: ...
+
+    def send_bitmap(self, block: int) -> None: ...
+
+
 class Channels(Protocol):
     """What the connection does for its stream; every call blocks until it is done."""
+
+    back: Back
 
     def ram_begins(self) -> None:
         """The source sends RAM: channels that belong to the set-up are open by now."""
@@ -45,14 +59,6 @@ class Channels(Protocol):
 
     def look_at_channels(self) -> None:
         """The main channel has ended too early: raises why, if a channel of multifd knows."""
-
-    def open_return_path(self) -> None: ...
-
-    def post(self, message: bytes) -> None:
-        """Sends a return-path message."""
-
-    def send_bitmap(self, block: int) -> None:
-        """Sends a block's received bitmap."""
 
 
 class Receiver(Protocol):
@@ -108,10 +114,10 @@ class Messages:
         self._control = memory.control
         self._stream = stream
         self._channels = channels
+        self._back = channels.back
         self._receiver = receiver
         self._stop = stop
         self.ram: Ram | None = None
-        self._has_return_path = False
         self.devices = b""
         self._loading: Loading | None = None
         self._defers = False
@@ -143,7 +149,7 @@ class Messages:
 
     def go_on(self) -> None:
         """Before the messages of a recovery: the blocks are known and guests run."""
-        self._use_return_path()
+        self._back.open()
         self.ram = ram_reader(self._memory, self._stream, self._receiver, self._stop)
         self.ram.enter_postcopy()
         self._channels.serve_requested(self.ram)
@@ -189,16 +195,8 @@ class Messages:
     def _ram_section(self, event: events.RamSection) -> None:
         advance(self.state, _SECTIONS[event.kind])
 
-    def look_at_channels(self) -> None:
-        self._channels.look_at_channels()
-
     def _flush(self, event: events.MultifdFlush) -> None:
         self._channels.sync_channels(flush=True)
-
-    def records_ended(self) -> None:
-        """A section's EOS.  Its footer may be long in coming: QEMU has it in its buffer while it
-        waits for the channels of multifd."""
-        self._channels.sync_channels(flush=False)
 
     def _ram_section_end(self, event: events.RamSectionEnd) -> None:
         if event.kind != "setup":
@@ -206,25 +204,21 @@ class Messages:
         self._control.note_transferred(self._stream.offset)
 
     def _open_return_path(self, event: events.OpenReturnPath) -> None:
-        self._use_return_path()
+        self._back.open()
         if self._receiver.acks_switchover:  # no device here has a word in it
-            self._channels.post(return_path.switchover_ack())
-
-    def _use_return_path(self) -> None:
-        self._has_return_path = True
-        self._channels.open_return_path()
+            self._back.post(return_path.switchover_ack())
 
     def _ping(self, event: events.Ping) -> None:
-        if not self._has_return_path:
+        if not self._back.is_open:
             raise RemoteProtocolError("PING before OPEN_RETURN_PATH")
-        self._channels.post(return_path.pong(event.value))
+        self._back.post(return_path.pong(event.value))
 
     def _discard(self, event: events.RamDiscard) -> None:
         if self.ram is None:
             raise RemoteProtocolError("POSTCOPY_RAM_DISCARD before the block list")
         if self.state is PostcopyState.ADVISE:
             self._prepare_discard()
-        index = self._index("discard in", event.block)
+        index = _index(self._memory, "discard in", event.block)
         block = self._memory.geometry.blocks[index]
         bad = self.ram.discards(index, event.ranges)
         if bad is not None:
@@ -242,7 +236,7 @@ class Messages:
             raise RemoteProtocolError("PACKAGED before the block list")
 
     def _listen(self, event: events.PostcopyListen) -> None:
-        if not self._has_return_path:
+        if not self._back.is_open:
             raise RemoteProtocolError("POSTCOPY_LISTEN without OPEN_RETURN_PATH: no way to ask")
         if self.state is PostcopyState.ADVISE:  # nothing to discard: QEMU prepares here too
             self._prepare_discard()
@@ -275,19 +269,13 @@ class Messages:
         if self._loading is not None:
             self._loading.follow()
 
-    def _index(self, what: str, block: str) -> int:
-        try:
-            return self._memory.geometry.index(block)
-        except KeyError:
-            raise RemoteProtocolError(f"{what} unknown block {block!r}") from None
-
     def _recv_bitmap(self, event: events.RecvBitmap) -> None:
-        index = self._index("RECV_BITMAP of", event.block)
+        index = _index(self._memory, "RECV_BITMAP of", event.block)
         self.ram.drain()  # what is in the rings is here
-        self._channels.send_bitmap(index)
+        self._back.send_bitmap(index)
 
     def _resume(self, event: events.PostcopyResume) -> None:
-        self._channels.post(return_path.resume_ack())
+        self._back.post(return_path.resume_ack())
         self._receiver.listen()
         self._status(MigrationStatus.POSTCOPY_ACTIVE)
 
@@ -310,8 +298,8 @@ class Messages:
         self._control.note_ended()
         self._control.note_transferred(self._stream.offset)
         self._status(MigrationStatus.COMPLETED)
-        if self._has_return_path:
-            self._channels.post(return_path.shut(0))
+        if self._back.is_open:
+            self._back.post(return_path.shut(0))
 
     def _status(self, status: MigrationStatus) -> None:
         self._control.status = status
@@ -320,6 +308,13 @@ class Messages:
 
 def _nothing(event: object) -> None:
     pass
+
+
+def _index(memory: GuestMemory, what: str, block: str) -> int:
+    try:
+        return memory.geometry.index(block)
+    except KeyError:
+        raise RemoteProtocolError(f"{what} unknown block {block!r}") from None
 
 
 def _bad_discard(block: RamBlock, start: int, length: int) -> RemoteProtocolError:

@@ -188,12 +188,12 @@ class Migration:
         """Also when a paused migration goes on."""
         connection = self.connections.current
         assert connection is not None
-        fd = connection.requests_fd
+        fd = connection.back.requests_fd
         if fd >= 0:
             await self._shards.tell("listen", True, fd=fd)
         else:
             await self._shards.tell("listen")
-        connection.arm()
+        connection.back.arm()
         self.connections.paused_by = None
         if self._readying is None:
             self._readying = asyncio.create_task(self._make_ready())

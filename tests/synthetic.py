@@ -29,11 +29,11 @@ from sharded_pc.memory import GuestMemory
 from sharded_pc.native.alias import Alias
 from sharded_pc.native.guests import Guests
 from sharded_pc.native.ram import Stop
-from sharded_pc.native.return_path import ReturnPath
 from sharded_pc.populate import Populator
 from sharded_pc.source import SyntheticSource
 from sharded_pc.state import MigrationStatus
 from sharded_pc.testing.oracle import DIRTIED, PageOracle
+from sharded_pc.way_back import WayBack
 from sharded_pc.wire import writer
 from sharded_pc.worker import ShardWorker
 from tests.qemu import wait_until
@@ -236,8 +236,7 @@ class LoneReceiver:
         self._populator = Populator(self.memory)
         self.aliases: Sequence[Alias] = ()
         self._workers: list[ShardWorker] = []
-        self._return_path: ReturnPath | None = None
-        self._back: threading.Thread | None = None
+        self.back: WayBack
         self._stop = Stop()
         self.broken: list[str] = []
         self.statuses: list[MigrationStatus] = []
@@ -245,7 +244,7 @@ class LoneReceiver:
 
     def run(self, stream: bytes, timeout: float = 10.0) -> ShardedPcError | None:
         self.source, ours = socket.socketpair()
-        self._ours = ours
+        self.back = WayBack(self.memory, ours.fileno())
         writing = threading.Thread(target=self._write, args=(stream,))
         watchdog = threading.Timer(timeout, self._stop.set)
         incoming = Incoming(self.memory, ours.fileno(), self._stop, self, self)
@@ -258,7 +257,7 @@ class LoneReceiver:
             return error
         finally:
             watchdog.cancel()
-            self._end_return_path()
+            asyncio.run(self.back.end())
             ours.close()
             writing.join()
             self.source.close()
@@ -268,15 +267,6 @@ class LoneReceiver:
         with contextlib.suppress(OSError):
             self.source.sendall(stream)
             self.source.shutdown(socket.SHUT_WR)
-
-    def _end_return_path(self) -> None:
-        if self._return_path is not None:
-            self._return_path.stop()
-            self._back.join()
-
-    def _send_back(self) -> None:
-        with contextlib.suppress(ShardedPcError):  # the source has shut the wire
-            self._return_path.loop()
 
     def close(self) -> None:
         for worker in self._workers:
@@ -328,18 +318,6 @@ class LoneReceiver:
 
     def look_at_channels(self) -> None:
         pass
-
-    def open_return_path(self) -> None:
-        if self._return_path is None:
-            self._return_path = ReturnPath(self.memory.control, self._ours.fileno())
-            self._back = threading.Thread(target=self._send_back)
-            self._back.start()
-
-    def post(self, message: bytes) -> None:
-        self._return_path.post(message)
-
-    def send_bitmap(self, block: int) -> None:
-        self._return_path.bitmap(self.memory.received, block)
 
     def prepare_discard(self) -> None:
         for worker in self._workers:

@@ -70,7 +70,14 @@ class _Connection:
         self.sent = b""
         self.guests = memory.guests
         self.aliases = memory.core.aliases
-        self.acks_switchover = False
+        self.acks_switchover = self.is_open = False
+
+    @property
+    def back(self) -> _Connection:
+        return self
+
+    def open(self) -> None:
+        self.is_open = True
 
     def post(self, message: bytes) -> None:
         self.sent += message
