@@ -42,11 +42,10 @@ def preempt_pages(info: dict[str, Any]) -> int:
     return info["sharded"]["preempt-pages"]
 
 
-@pytest.mark.parametrize("smp", [1, 2])
-def test_run(tmp_path, unique_name, binary, smp):
+def test_run(tmp_path, unique_name, binary):
     """A guest that goes on here and checks itself; what it asks for does not come on the main
     channel, but where the background scan, at full speed at the end, is there first."""
-    with pair(tmp_path, unique_name, binary, smp=smp) as vms:
+    with pair(tmp_path, unique_name, binary, smp=2) as vms:
         ask_for_preempt(vms)
         info = check_whole(vms)
     assert preempt_pages(info) > 0.2 * info["ram"]["postcopy-requests"] > 8
@@ -63,11 +62,10 @@ def asked_for(operator: Operator) -> int:
 
 
 class TestRecovery:
-    @pytest.mark.parametrize("by", ["source", "receiver"])
-    def test_cut_and_recovered_twice(self, tmp_path, unique_name, binary, by):
+    def test_cut_and_recovered_twice(self, tmp_path, unique_name, binary):
         """Both channels come again, first the main one."""
         with preempting(tmp_path, unique_name, binary) as operator:
-            for _ in range(2):
+            for by in ("source", "receiver"):
                 operator.cut(by)
                 paused = operator.vms.runner.look()
                 check_missing(paused, 0.3)
@@ -106,12 +104,11 @@ def test_a_killed_receiver_is_resumed(tmp_path, unique_name, binary):
         dead._outcome = vms.runner._outcome
 
 
-@pytest.mark.parametrize("incoming", [None, "tcp:127.0.0.1:0"], ids=["unix", "tcp"])
-def test_guests_that_attach(tmp_path, unique_name, binary, incoming):
+def test_guests_that_attach(tmp_path, unique_name, binary):
     """Two of them: with `copy` no guest's own userfaultfd does for both."""
     with (
         booted(tmp_path, binary) as source,
-        Receiver(tmp_path, unique_name, incoming) as receiver,
+        Receiver(tmp_path, unique_name, "tcp:127.0.0.1:0") as receiver,
     ):
         source.set_capabilities(postcopy_ram=True, postcopy_preempt=True)
         begin_precopy(source, receiver.uri())
