@@ -59,6 +59,12 @@ def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--control", metavar="PATH", help="socket that speaks QMP (default: beside the other)"
     )
+    _add_source_arguments(parser)
+    _add_outcome_arguments(parser)
+
+
+def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a source may come, and come again."""
     parser.add_argument(
         "--recover-uri",
         metavar="URI",
@@ -88,6 +94,10 @@ def add_receiver_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="speak TLS with a key that both sides have, in keys.psk (Python 3.13)",
     )
+
+
+def _add_outcome_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is kept, and told."""
     parser.add_argument("--record", metavar="FILE", help="write the stream down as it comes")
     parser.add_argument(
         "--keep", action="store_true", help="leave the RAM in shared memory on exit"
