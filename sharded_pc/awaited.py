@@ -41,3 +41,12 @@ class AwaitedPages:
 
     def _bit(self, block: int, page: int) -> int:
         return self._memory.control.block(block)[2] + page
+
+
+def unpunched(memory: GuestMemory) -> AwaitedPages:
+    """What discards left in memory: huge pages of /dev/shm that somebody uses."""
+    spans: list[Span] = []
+    if any(shard.unpunched for shard in memory.control.shards()):
+        for block in range(len(memory.blocks)):
+            spans += [(block, page, pages) for page, pages in memory.unpunched(block)]
+    return AwaitedPages(memory, spans)

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING
 from sharded_pc import host, runtime_folder
 from sharded_pc.address import Address, parse
 from sharded_pc.attach.server import AttachServer
-from sharded_pc.connection import Connection
 from sharded_pc.ending import Ending
+from sharded_pc.entrance import Entrance
 from sharded_pc.errors import (
     Cancelled,
-    ConnectionLost,
     GuestLost,
     HostError,
     ShardedPcError,
@@ -32,13 +31,12 @@ from sharded_pc.memory import GuestMemory
 from sharded_pc.migration import Migration
 from sharded_pc.native.guests import Guests
 from sharded_pc.observe.qmp import Command, QmpServer
-from sharded_pc.observe.status import is_over, is_paused, migration_info
+from sharded_pc.observe.status import is_over, receiver_info
 from sharded_pc.populate import Populator
 from sharded_pc.settings import Settings
 from sharded_pc.shards import Shards
 from sharded_pc.state import MigrationStatus
 from sharded_pc.tenure import Tenure
-from sharded_pc.transport.incoming import listen
 
 if TYPE_CHECKING:
     from sharded_pc.destination import QemuDestination
@@ -47,12 +45,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Coordinator", "Settings"]
 
+CANCELLED, FAILED = MigrationStatus.CANCELLED, MigrationStatus.FAILED
 LAST_WORD_SECONDS = 2.0
 """How long control clients that are connected when the migration ends may ask how it ended."""
-
-
-MISSING_LISTED = 1000
-"""Stretches of missing pages that query-migrate lists: a lost guest may have a million."""
 
 
 class Coordinator:
@@ -75,7 +70,6 @@ class Coordinator:
         self.memory: GuestMemory
         self.shards: Shards
         self.migration: Migration
-        self._attach: AttachServer | None = None
         self._qmp: QmpServer | None = None
         self._door: Door | None = None
         self.error: ShardedPcError | None = None
@@ -134,23 +128,16 @@ class Coordinator:
         """Behind everybody who connects: it is closed when all connections are."""
         from sharded_pc.transport.tls.door import Door  # ssl is loaded where it is used
 
-        credentials.check()
         self._door = Door(credentials)
         self._exit.push_async_callback(self._door.close)
         self._door.start()
 
     def _expect_source(self) -> None:
-        settings = self.settings
-        assert settings.incoming is not None
         self.memory.control.status = MigrationStatus.SETUP
-        self._record_fd = -1
-        if settings.record is not None:
-            self._record_fd = open_recording(settings.record)
-            self._exit.callback(os.close, self._record_fd)
-        if settings.qemu:
-            _check_destination(settings.qemu)
-        self._listener = listen(settings.incoming, door=self._door)
-        self._exit.callback(self._listener.close)
+        if self.settings.qemu:
+            _check_destination(self.settings.qemu)
+        self._entrance = Entrance(self.settings, self._door)
+        self._exit.callback(self._entrance.close)
 
     async def _start_shards(self) -> None:
         count = self.memory.control.view.n_shards
@@ -184,14 +171,14 @@ class Coordinator:
         server = AttachServer(path, self.memory, shards.add_guest, shards.drop_guest, patience)
         self._exit.push_async_callback(server.close)
         shards.on_guest_trouble = server.guests.broken
-        self.migration.attach = self._attach = server
+        self.migration.attach = server
 
     async def _make_destination(self) -> None:
         known = self.memory.control.destination if self.resumes else None
         if not self.settings.qemu and known is None:
             return
-        assert self._attach is not None
-        ask, attached = self.migration.connections.ask_again, self._attach.guests.guest_of
+        assert self.migration.attach is not None
+        ask, attached = self.migration.connections.ask_again, self.migration.attach.guests.guest_of
         destination = _destination(self.settings, self.memory, ask, attached, self._exit)
         self._exit.push_async_callback(destination.end)
         self.migration.destination = destination
@@ -206,23 +193,21 @@ class Coordinator:
         Raises what failed; `info()` tells then as well."""
         try:
             if self.resumes:
-                self._on_listening(None)
-                tell_started(self.settings.status_fd)
-                self.shards.keep_spares()
+                self._started(None)
                 await self.migration.resume()
             else:
-                await self.migration.receive(await self._connected(), self._record_fd)
+                self._started(self._entrance.address)
+                coming = self._entrance.connection(self.memory, self._ending)
+                await self.migration.receive(await coming, self._entrance.record_fd)
         except ShardedPcError as error:
             await self._fail(error)
             raise
         return self.info()
 
-    async def _connected(self) -> Connection:
-        self._on_listening(self._listener.address)
+    def _started(self, address: Address | None) -> None:
+        self._on_listening(address)
         tell_started(self.settings.status_fd)
         self.shards.keep_spares()
-        wire = await self._ending.unless_over(self._listener.accept())
-        return Connection(wire, self._listener, self.memory, self._ending)
 
     def quit(self) -> None:
         """Ends the migration now (QMP quit, signals)."""
@@ -232,15 +217,14 @@ class Coordinator:
         self.error = error
         if not self.memory.control.totals.ended_ns:
             self.memory.control.note_ended()
-        gave_up = isinstance(error, Cancelled)
-        status = MigrationStatus.CANCELLED if gave_up else MigrationStatus.FAILED
+        status = CANCELLED if isinstance(error, Cancelled) else FAILED
         self.memory.control.status = status
         self._tell_status(status)
         await self.migration.close()
         if self.destination is not None:
             await self.destination.end()  # first: it has no use for the news
-        if self._attach is not None:
-            await self._attach.failed(str(error))
+        if self.migration.attach is not None:
+            await self.migration.attach.failed(str(error))
 
     async def last_word(self) -> None:
         """Lets control clients that are connected ask how it ended, for a moment."""
@@ -251,21 +235,17 @@ class Coordinator:
         """The migration has completed: no worker and no attach socket is needed any more."""
         await self.migration.close()  # it would take the guest's end for a failure
         await self.shards.stop()
-        if self._attach is not None:
-            await self._attach.close()
+        if self.migration.attach is not None:
+            await self.migration.attach.close()
         if self._door is not None:
             await self._door.close()
 
     def info(self) -> dict:
         """As `query-migrate`."""
-        received = self.memory.received_pages() if self.memory.geometry else []
-        error = self.error or self.migration.connections.paused_by
-        over = is_over(self.memory.control.status)
-        huge = self._huge_pages.mapped(self.migration.guest_pids) if over else None
-        waits = is_paused(self.memory.control.status) or isinstance(self.error, ConnectionLost)
-        missing = self.memory.missing_stretches(MISSING_LISTED) if waits else None
-        text = str(error) if error else None
-        return migration_info(self.memory.name, self.memory.control, received, text, huge, missing)
+        control, error = self.memory.control, self.error or self.migration.connections.paused_by
+        pids = self.migration.guest_pids
+        huge = self._huge_pages.mapped(pids) if is_over(control.status) else None
+        return receiver_info(self.memory, error, huge)
 
     def _tell_status(self, status: MigrationStatus) -> None:
         if self._qmp is not None:
@@ -298,15 +278,6 @@ def _destination(
         settings.qemu, memory, (monitor, stream), settings.attach, ask, attached,
         settings.qemu_stdout,
     )  # fmt: skip
-
-
-def open_recording(path: str) -> int:
-    """HostError."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    try:
-        return os.open(path, flags, 0o600)
-    except OSError as error:
-        raise HostError(f"record to {path}: {error.strerror}") from error
 
 
 def tell_started(status_fd: int | None) -> None:

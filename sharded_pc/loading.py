@@ -8,30 +8,40 @@ from concurrent.futures import Future
 
 from sharded_pc.errors import ShardedPcError
 from sharded_pc.native.ram import Stop, Stopped
+from sharded_pc.wire.events import PostcopyRun
 
 LOOK_SECONDS = 0.1
 """Between two looks at the stop switch."""
 
 
 class Loading:
-    """One loading, `future`.  Events that come meanwhile and say that it is done wait for it: they
-    go to `handle`, in order, on the thread that loaded."""
+    """One loading, `future`, of device state that came in a package (`packaged`) or after the RAM.
+    The rest of a package says that it was loaded, which is true only once it is: it goes to
+    `handle`, in order, on the thread that loaded."""
 
-    def __init__(self, future: Future, handle: Callable[[object], None], stop: Stop) -> None:
+    def __init__(
+        self, future: Future, handle: Callable[[object], None], stop: Stop, *, packaged: bool
+    ) -> None:
         self._future = future
+        self._defers = packaged
         self._handle = handle
         self._stop = stop
         self._deferred: list[object] = []
         self._error: ShardedPcError | None = None
         self._done = threading.Event()
 
-    def defer(self, event: object) -> None:
-        """Before follow()."""
-        self._deferred.append(event)
+        if not packaged:
+            future.add_done_callback(self._after)
 
-    def follow(self) -> None:
-        """No more events are deferred."""
-        self._future.add_done_callback(self._after)
+    def takes(self, event: object) -> bool:
+        """It is handled when all is loaded: the package's rest, up to RUN."""
+        if not self._defers:
+            return False
+        self._deferred.append(event)
+        if isinstance(event, PostcopyRun):
+            self._defers = False
+            self._future.add_done_callback(self._after)
+        return True
 
     def _after(self, future: Future) -> None:
         try:

@@ -120,7 +120,6 @@ class Messages:
         self.ram: Ram | None = None
         self.devices = b""
         self._loading: Loading | None = None
-        self._defers = False
         self._handlers: dict[type, tuple[Message | None, Callable]] = {
             events.Configuration: (None, self._configuration),
             events.RamBlocks: (None, self._blocks),
@@ -162,12 +161,7 @@ class Messages:
             self.ram = None
 
     def handle(self, event: object) -> None:
-        if self._defers and self._loading is not None:
-            # The rest of the package says that device state was loaded: true only once it is.
-            self._loading.defer(event)
-            if isinstance(event, events.PostcopyRun):
-                self._defers = False
-                self._loading.follow()
+        if self._loading is not None and self._loading.takes(event):
             return
         if isinstance(event, events.Eof) and self._loading is not None:
             self._loading.wait()
@@ -249,13 +243,12 @@ class Messages:
 
     def _load_packaged(self, event: events.PackagedDevices) -> None:
         self.devices = event.data
-        self._load(event.data)
-        self._defers = self._loading is not None
+        self._load(event.data, packaged=True)
 
-    def _load(self, devices: bytes) -> None:
+    def _load(self, devices: bytes, *, packaged: bool) -> None:
         future = self._receiver.load_devices(devices)
         if future is not None:
-            self._loading = Loading(future, self._obey, self._stop)
+            self._loading = Loading(future, self._obey, self._stop, packaged=packaged)
 
     def _load_precopied(self, event: events.Devices) -> None:
         """All RAM is here: whoever maps it runs on plain memory from now on."""
@@ -265,9 +258,7 @@ class Messages:
         self.ram.drain()
         self.ram.clear_unsent()
         self._receiver.placed()
-        self._load(event.data)
-        if self._loading is not None:
-            self._loading.follow()
+        self._load(event.data, packaged=False)
 
     def _recv_bitmap(self, event: events.RecvBitmap) -> None:
         index = _index(self._memory, "RECV_BITMAP of", event.block)

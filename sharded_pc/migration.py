@@ -14,15 +14,11 @@ from typing import TYPE_CHECKING
 
 from sharded_pc import host
 from sharded_pc.attach.server import AttachServer
-from sharded_pc.awaited import AwaitedPages
+from sharded_pc.awaited import unpunched
 from sharded_pc.connection import Connection
 from sharded_pc.connections import Connections
 from sharded_pc.ending import Ending
-from sharded_pc.errors import (
-    ConnectionLost,
-    HostError,
-    ShardedPcError,
-)
+from sharded_pc.errors import ConnectionLost, HostError, ShardedPcError
 from sharded_pc.geometry import Geometry, Placement, RamBlock
 from sharded_pc.huge_pages import HugePages
 from sharded_pc.loop_calls import from_stream
@@ -145,7 +141,7 @@ class Migration:
     async def define(self, blocks: tuple[RamBlock, ...]) -> None:
         geometry = Geometry.of(blocks, self._settings.workers, self._settings.stripe_bytes)
         host.require_memory(geometry.total)
-        await self._make_memory(geometry)
+        await _make_memory(self._memory, self._settings, geometry)
         self._use_blocks()
         self._start_populating()
         await self._shards.tell("geometry")
@@ -165,14 +161,6 @@ class Migration:
     def _start_populating(self) -> None:
         if self._memory.placement is Placement.CONTINUE:
             self._populator.start()
-
-    async def _make_memory(self, geometry: Geometry) -> None:
-        reserve = self._settings.reserve
-        placement, reason = host.choose_placement(self._settings.placement, geometry.total)
-        log.info("placement %s: %s", placement, reason)
-        if reserve and placement is Placement.COPY:
-            raise HostError(f"--reserve needs placement continue: {reason}")
-        await asyncio.to_thread(self._memory.define, geometry, placement, reason, reserve=reserve)
 
     async def give_channel(self, number: int, fd: int) -> int:
         return await self._shards.give_channel(number, fd)
@@ -200,15 +188,13 @@ class Migration:
 
     async def _make_ready(self) -> None:
         """Guests may run once nothing stands in memory that is not received."""
-        if any(shard.unpunched for shard in self._memory.control.shards()):
-            blocks = range(len(self._memory.blocks))
-            spans = [(b, page, n) for b in blocks for page, n in self._memory.unpunched(b)]
-            awaited = AwaitedPages(self._memory, spans)
+        left = unpunched(self._memory)
+        if left:
             log.warning(
                 "%d pages could not be dropped (huge pages of /dev/shm that somebody uses); guests "
-                "wait until they have come again", len(awaited),
+                "wait until they have come again", len(left),
             )  # fmt: skip
-            await awaited.arrive(self.connections.ask_again)
+            await left.arrive(self.connections.ask_again)
         if self.attach is not None:
             self.attach.ready()
 
@@ -252,3 +238,13 @@ class Migration:
             await self.attach.completed(huge_pages=self._huge_pages.here())
 
     placed = from_stream(_release_guests)
+
+
+async def _make_memory(memory: GuestMemory, settings: Settings, geometry: Geometry) -> None:
+    """HostError."""
+    reserve = settings.reserve
+    placement, reason = host.choose_placement(settings.placement, geometry.total)
+    log.info("placement %s: %s", placement, reason)
+    if reserve and placement is Placement.COPY:
+        raise HostError(f"--reserve needs placement continue: {reason}")
+    await asyncio.to_thread(memory.define, geometry, placement, reason, reserve=reserve)

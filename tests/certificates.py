@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sharded_pc.transport.tls.credentials import X509
 from sharded_pc.transport.tls.pump import Pump
+from sharded_pc.transport.tls.wire import TlsWire
 from tests.synthetic import WAIT_S, Background
 
 HOST = "receiver.test"
@@ -112,9 +113,11 @@ def client_context(folder: Path, *, shows: bool = True) -> ssl.SSLContext:
 def inside(sock: socket.socket, context: ssl.SSLContext | None = None) -> Iterator[socket.socket]:
     """The plain end of a source's connection, through the handshake; `sock` is taken over."""
     plain, ours = socket.socketpair()
-    pump = Pump(sock, ours, context or client_context(certificates() / "client"), server_side=False)
+    context = context or client_context(certificates() / "client")
+    wire = TlsWire(sock, context, server_side=False)
+    pump = Pump(wire, ours)
     with contextlib.closing(pump), plain:
-        pump.handshake(WAIT_S)
+        wire.handshake(WAIT_S)
         running = Background(lambda: (pump.run(), pump.close()))
         plain.settimeout(WAIT_S)
         try:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from sharded_pc.transport.tls.pump import Pump
+from sharded_pc.transport.tls.wire import TlsWire
 from tests.certificates import certificates, credentials, inside
 from tests.synthetic import WAIT_S, Background
 
@@ -24,11 +25,12 @@ def pumped(wires: tuple[socket.socket, socket.socket] | None = None) -> Iterator
     what its pump ends with."""
     raw, ours = wires or socket.socketpair()
     near, end = socket.socketpair()
-    pump = Pump(ours, end, credentials().context())
+    wire = TlsWire(ours, credentials().context())
+    pump = Pump(wire, end)
 
     def serve() -> str | None:
         try:
-            pump.handshake(WAIT_S)
+            wire.handshake(WAIT_S)
             return pump.run()
         finally:
             pump.close()
@@ -121,8 +123,9 @@ def test_key_updates():
         try:
             near, end = socket.socketpair()
             near.settimeout(WAIT_S)
-            pump = Pump(server.accept()[0], end, credentials().context())
-            pump.handshake(WAIT_S)
+            wire = TlsWire(server.accept()[0], credentials().context())
+            pump = Pump(wire, end)
+            wire.handshake(WAIT_S)
             running = Background(pump.run)
             for turn in range(3):
                 client.stdin.write(b"before\n")

@@ -7,11 +7,16 @@ Keys, units and words are QMP's (qapi/migration.json, MigrationInfo); what is ou
 from __future__ import annotations
 
 from sharded_pc import shm
+from sharded_pc.errors import ConnectionLost
 from sharded_pc.geometry import PAGE_BYTES, Geometry
+from sharded_pc.memory import GuestMemory
 from sharded_pc.native.control import Control, ShardCounters, Totals
 from sharded_pc.native.core import now_ns
 from sharded_pc.observe.memory import process_memory
 from sharded_pc.state import MigrationStatus
+
+MISSING_LISTED = 1000
+"""Stretches of missing pages that are listed: a lost guest may have a million."""
 
 
 def _milliseconds(start: int, end: int) -> int | None:
@@ -128,6 +133,16 @@ def migration_info(
             "shards": [shard_info(i, shard) for i, shard in enumerate(shards)],
         },
     }
+
+
+def receiver_info(memory: GuestMemory, error: Exception | None, huge: dict | None) -> dict:
+    """migration_info of a receiver of our own process, with what its guests may wait for."""
+    control = memory.control
+    received = memory.received_pages() if memory.geometry else []
+    waits = is_paused(control.status) or isinstance(error, ConnectionLost)
+    missing = memory.missing_stretches(MISSING_LISTED) if waits else None
+    text = str(error) if error else None
+    return migration_info(memory.name, control, received, text, huge, missing)
 
 
 def is_paused(status: MigrationStatus) -> bool:

@@ -56,7 +56,7 @@ class PlainEnd(socket.socket):
 
 
 class Door:
-    """`credentials` were checked.  The process starts with start(), or the first connection."""
+    """Its process starts with start(), or the first connection."""
 
     def __init__(self, credentials: Credentials) -> None:
         self._credentials = credentials
@@ -64,6 +64,11 @@ class Door:
         self._control: socket.socket | None = None
 
     def start(self) -> None:
+        """Once the credentials are checked: UsageError."""
+        self._credentials.check()
+        self._spawn()
+
+    def _spawn(self) -> None:
         self._process, conn = processes.start(serving.main, self._credentials, name="tls")
         self._control = socket.socket(fileno=os.dup(conn.fileno()))
         conn.close()
@@ -114,7 +119,7 @@ class Door:
             log.warning("the TLS process died (exit code %s)", self._process.exitcode)
             self._forget()
         if self._process is None:
-            self.start()
+            self._spawn()
         assert self._control is not None
         return self._control
 

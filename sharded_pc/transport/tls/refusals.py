@@ -7,7 +7,7 @@ import ssl
 from sharded_pc.errors import UsageError
 from sharded_pc.transport.candidates import TLS
 from sharded_pc.transport.tls.credentials import CA_CERT, SERVER_CERT, X509, Credentials
-from sharded_pc.transport.tls.pump import ClosedEarly
+from sharded_pc.transport.tls.wire import ClosedEarly
 
 HANDSHAKE_SECONDS = 30.0
 

@@ -21,8 +21,9 @@ from sharded_pc.errors import UsageError
 from sharded_pc.native.shard import end_with_parent
 from sharded_pc.transport.fds import Inbox, receive_message
 from sharded_pc.transport.tls.credentials import Credentials
-from sharded_pc.transport.tls.pump import FLUSH_SECONDS, LINGER_SECONDS, ClosedEarly, Pump
+from sharded_pc.transport.tls.pump import FLUSH_SECONDS, Pump
 from sharded_pc.transport.tls.refusals import HANDSHAKE_SECONDS, why_refused
+from sharded_pc.transport.tls.wire import LINGER_SECONDS, ClosedEarly, TlsWire
 
 
 def main(conn: Connection, credentials: Credentials) -> None:
@@ -48,34 +49,33 @@ def _socket(fd: int) -> socket.socket:
 
 
 def _serve(
-    wire: socket.socket, plain: socket.socket, leash: socket.socket, credentials: Credentials
+    sock: socket.socket, plain: socket.socket, leash: socket.socket, credentials: Credentials
 ) -> None:
-    with leash, contextlib.closing(wire), contextlib.closing(plain):
-        pump = _opened(wire, plain, leash, credentials)
-        if pump is None:
+    with leash, contextlib.closing(sock), contextlib.closing(plain):
+        wire = _opened(sock, leash, credentials)
+        if wire is None:
             return
+        pump = Pump(wire, plain)
         pump.on_end = lambda why: _say(leash, broken=why)
         pump.run()
         pump.close()
 
 
-def _opened(
-    wire: socket.socket, plain: socket.socket, leash: socket.socket, credentials: Credentials
-) -> Pump | None:
+def _opened(sock: socket.socket, leash: socket.socket, credentials: Credentials) -> TlsWire | None:
     """After the handshake; None: it was refused, and that is told."""
-    pump = None
+    wire = None
     try:
-        pump = Pump(wire, plain, credentials.context())
-        pump.handshake(HANDSHAKE_SECONDS)
-        name = credentials.admit(pump.tls)
+        wire = TlsWire(sock, credentials.context())
+        wire.handshake(HANDSHAKE_SECONDS)
+        name = credentials.admit(wire.tls)
     except (OSError, ClosedEarly, UsageError, ssl.SSLError) as error:
-        opening = b"" if pump is None else pump.opening
+        opening = b"" if wire is None else wire.opening
         _say(leash, refused=why_refused(error, opening, credentials))
-        if pump is not None:
-            pump.linger()
+        if wire is not None:
+            wire.linger()
         return None
     _say(leash, name=name)
-    return pump
+    return wire
 
 
 def _say(leash: socket.socket, **what: str | None) -> None:
