@@ -16,6 +16,7 @@ import pytest
 from sharded_pc.address import KeepAlive, TcpAddress, UnixAddress, parse
 from sharded_pc.errors import RemoteProtocolError
 from sharded_pc.transport.incoming import Listener, listen
+from sharded_pc.transport.tls import process as tls_process
 from sharded_pc.transport.tls import refusals
 from sharded_pc.transport.tls.credentials import HAS_PSK, PSK_KEYS, X509, Psk
 from sharded_pc.transport.tls.door import Door
@@ -292,13 +293,54 @@ def test_a_process_that_dies_has_a_successor(tmp_path, caplog):
     async def scene(place: Place) -> None:
         await asyncio.to_thread(says(MAGIC), place.connect())
         await asyncio.to_thread(wait_until, lambda: bool(caplog.records), "a line", WAIT_S)
-        process = place.door._process
+        process = place.door.process
         os.kill(process.pid, signal.SIGKILL)
         await asyncio.to_thread(wait_until, lambda: not process.is_alive(), "its end", WAIT_S)
         assert await place.source() == b"pong"
 
     play(scene, tmp_path)
     assert "the TLS process died (exit code -9)" in caplog.text
+
+
+def deaf(conn, credentials) -> None:
+    """In the place of the TLS process: lives, and does nothing."""
+    while not conn.poll(WAIT_S):
+        pass
+    signal.pause()
+
+
+def test_a_process_that_hangs_has_a_successor(tmp_path, caplog, monkeypatch):
+    """Who waits at it is let go, with the reason; nobody else waits."""
+    monkeypatch.setattr(tls_process, "SILENT_SECONDS", 0.5)
+    main = tls_process.serving.main
+    monkeypatch.setattr(tls_process.serving, "main", deaf)
+
+    async def scene(place: Place) -> None:
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(says(MAGIC), place.connect())
+        await asyncio.to_thread(wait_until, lambda: len(caplog.records) > 1, "two lines", WAIT_S)
+        monkeypatch.setattr(tls_process.serving, "main", main)
+        assert await place.source() == b"pong"
+
+    play(scene, tmp_path)
+    assert "closed: its TLS process was ended: it hung, no sign of life for 0.5 s" in caplog.text
+
+
+def test_a_process_that_goes_on_is_left_alone(tmp_path, caplog, monkeypatch):
+    """It answers, and was looked at more often than it may be silent."""
+
+    async def scene(place: Place) -> None:
+        assert await place.source() == b"pong"
+        process, looks = place.door.process, []
+        look = process._look
+        monkeypatch.setattr(process, "_look", lambda: (look(), looks.append(process._silent)))
+        monkeypatch.setattr(tls_process, "LOOK_SECONDS", 0.005)
+        monkeypatch.setattr(tls_process, "SILENT_SECONDS", 0.5)
+        await asyncio.to_thread(wait_until, lambda: len(looks) > 250, "looks", WAIT_S)
+        assert process.is_alive() and looks.count(0) > 2
+
+    play(scene, tmp_path)
+    assert not caplog.records
 
 
 def test_a_descriptor_whose_peer_does_not_get_through():

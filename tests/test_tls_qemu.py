@@ -15,6 +15,8 @@ from tests.qemu import wait_until
 from tests.qemu.guest_image import MIB
 from tests.qemu.vm import QemuVm
 from tests.receiver import Receiver
+from tests.test_preempt_qemu import ask_for_preempt, asked_for
+from tests.test_receive_multifd_qemu import check_ram, migrated
 from tests.test_receive_qemu import begin_precopy, booted, check_equal, switch
 from tests.test_recovery_qemu import check_end, operated
 
@@ -62,6 +64,32 @@ def test_resumed_cut_and_recovered(tmp_path, unique_name, binary):
         check_end(operator)
 
 
+def test_preempt_cut_and_recovered(tmp_path, unique_name, newer):
+    """Both channels, twice: the second one is opened at the switch, and shakes hands then."""
+
+    def prepare(vms) -> None:
+        speak_tls(vms.source)
+        ask_for_preempt(vms)
+
+    with operated(tmp_path, unique_name, newer, *options(), prepare=prepare) as operator:
+        wait_until(lambda: asked_for(operator) > 0, "a page")
+        operator.cut("source")
+        before = asked_for(operator)
+        operator.recover()
+        wait_until(lambda: asked_for(operator) > before, "another")
+        check_end(operator)
+
+
+def test_multifd(tmp_path, unique_name, newer):
+    """Each channel has its own TLS; a guest that writes keeps all of them at work."""
+    with (
+        booted(tmp_path, newer, writes=True, smp=2) as source,
+        Receiver(tmp_path, unique_name, None, *options()) as receiver,
+    ):
+        speak_tls(source)
+        check_ram(source, receiver, migrated(source, receiver, 3))
+
+
 def test_a_source_without_tls_tries_again(tmp_path, unique_name, binary):
     """Its guest goes on, both are told why; with TLS the same receiver takes it."""
     with (
@@ -101,13 +129,18 @@ def test_a_source_with_tls_at_a_receiver_without(tmp_path, unique_name, binary):
 
 
 @pytest.mark.skipif(not HAS_PSK, reason="n/a: needs Python >= 3.13")
-def test_a_shared_key(tmp_path, unique_name, binary):
-    (tmp_path / "keys.psk").write_text("qemu:00112233445566778899aabbccddeeff\n")
+@pytest.mark.parametrize("user", ["qemu", "other"])
+def test_a_shared_key(tmp_path, unique_name, binary, user):
+    """QEMU's source is the user `qemu` if it is given no other; its destination takes each."""
+    (tmp_path / "keys.psk").write_text("qemu:00112233445566778899aabbccddeeff\nother:aabbccdd\n")
+    more = {} if user == "qemu" else {"username": user}
+    options = ("--tls-psk", str(tmp_path), "--log-level", "info")
     with booted(tmp_path, binary) as source:
         source.qmp("object-add", qom_type="tls-creds-psk", id="tls0", dir=str(tmp_path),
-                   endpoint="client")  # fmt: skip
+                   endpoint="client", **more)  # fmt: skip
         source.set_parameters(tls_creds="tls0")
-        with Receiver(tmp_path, unique_name, None, "--tls-psk", str(tmp_path)) as receiver:
+        with Receiver(tmp_path, unique_name, None, *options) as receiver:
             begin_precopy(source, receiver.uri())
             switch(source)
             check_equal(source, receiver, receiver.finish(), requests=False)
+            assert f"by the key of {user}" in receiver.stderr()

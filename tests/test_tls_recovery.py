@@ -74,7 +74,15 @@ def test_every_byte(tmp_path, unique_name):
         assert receiver.finish()["status"] == "completed"
 
 
-@pytest.mark.parametrize("what", ["network", "the process", "migrate-pause"])
+ENDS = {
+    "network": "",
+    "a killed process": "its TLS process died",
+    "a stopped process": "its TLS process was ended: it was stopped (SIGSTOP)",
+    "migrate-pause": "paused on request",
+}
+
+
+@pytest.mark.parametrize("what", ENDS)
 def test_cut_and_recovered(tmp_path, unique_name, what):
     uri = f"unix:{tmp_path / 'again'}"
     with contextlib.ExitStack() as stack:
@@ -84,14 +92,18 @@ def test_cut_and_recovered(tmp_path, unique_name, what):
         source.send_pages(0, DATA[:50])
         guest.say("visit", 0, DATA[60:61])
         assert source.request() == (0, DATA[60])
-        if what == "network":
-            wire.shutdown(socket.SHUT_RDWR)
-        elif what == "the process":
-            os.kill(receiver.coordinator._door._process.pid, signal.SIGKILL)
-        else:
-            control.execute("migrate-pause")
+        process = receiver.coordinator._door.process
+        match what:
+            case "network":
+                wire.shutdown(socket.SHUT_RDWR)
+            case "a killed process":
+                os.kill(process.pid, signal.SIGKILL)
+            case "a stopped process":
+                os.kill(process.pid, signal.SIGSTOP)
+            case _:
+                control.execute("migrate-pause")
         why = control.wait_status("postcopy-paused")["error-desc"]
-        assert ("its TLS process died" in why) == (what == "the process")
+        assert ENDS[what] in why and ("TLS process" in why) == ("process" in what)
         source.back._thread.join(WAIT_S)
         assert source.back.over, "the source sees the end, too"
         assert guest.silent(), "its page is at the source"

@@ -11,6 +11,7 @@ here (`door.py`).  A connection is accepted, opened by the door, and only then l
 `refusals.py`      why a handshake failed, for whoever has to mend it
 `pump.py`          bytes, both ways, until either end is over
 `serving.py`       the process
+`process.py`       its life, and who notices that it does not go on
 `door.py`          the coordinator's end of it
 `accepting.py`     a listening socket whose connections come through the door
 =================  ===============================================================================

@@ -14,6 +14,7 @@ import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from sharded_pc.errors import UsageError
 from sharded_pc.transport.tls.names import distinguished_name
@@ -117,7 +118,8 @@ class X509:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Psk:
-    """`--tls-psk`: tls-creds-psk; everybody in the file is let in, as by QEMU."""
+    """`--tls-psk`: tls-creds-psk.  Every user of the file is let in, as by QEMU: its `username` is
+    refused with `endpoint=server`, and says at the source which line of the file counts."""
 
     folder: str
 
@@ -132,14 +134,20 @@ class Psk:
 
     def context(self) -> ssl.SSLContext:
         """UsageError."""
-        keys, context = self._keys(), _context()
+        keys, context = self._keys(), _context(_PskContext)
+
+        def key_of(user: str | None) -> bytes:
+            context.user = user or ""
+            return keys.get(context.user, b"")
+
         context.set_ciphers(PSK_CIPHERS)
-        context.set_psk_server_callback(lambda identity: keys.get(identity or "", b""))
+        context.set_psk_server_callback(key_of)
         return context
 
     def admit(self, tls: ssl.SSLObject) -> str:
-        """Having the key is all that counts."""
-        return ""
+        """By whose key: having it is all that counts."""
+        assert isinstance(tls.context, _PskContext)
+        return f"by the key of {tls.context.user}"
 
     def _keys(self) -> dict[str, bytes]:
         path = Path(self.folder, PSK_KEYS)
@@ -157,8 +165,17 @@ class Psk:
 Credentials = X509 | Psk
 
 
-def _context() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+class _PskContext(ssl.SSLContext):
+    """Of one connection; `user`: whose key its peer asked for."""
+
+    user = ""
+
+
+T = TypeVar("T", bound=ssl.SSLContext)
+
+
+def _context(kind: type[T] = ssl.SSLContext) -> T:
+    context = kind(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # A resumed session would bring nobody's certificate, and no source asks for one.
     context.num_tickets = 0

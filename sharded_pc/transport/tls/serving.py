@@ -3,8 +3,8 @@
 The coordinator (`door.py`) sends {"peer": ...} with three descriptors: the connection, the plain
 end, and the leash.  On the leash goes what there is to say of that connection, a JSON object
 each: {"name": who it is} when it is through, or {"refused": why}; {"broken": why} before the plain
-end ends, with null if it does in order.  When the coordinator closes its end of the pipe, what was
-accepted is sent to its end, and the process ends.
+end ends, with null if it does in order.  PING is answered by one byte.  When the coordinator closes
+its end of the pipe, what was accepted is sent to its end, and the process ends.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from sharded_pc.transport.tls.pump import FLUSH_SECONDS, Pump
 from sharded_pc.transport.tls.refusals import HANDSHAKE_SECONDS, why_refused
 from sharded_pc.transport.tls.wire import LINGER_SECONDS, ClosedEarly, TlsWire
 
+PING = {"ping": True}
+
 
 def main(conn: Connection, credentials: Credentials) -> None:
     """Entry of the process."""
@@ -32,7 +34,11 @@ def main(conn: Connection, credentials: Credentials) -> None:
     threads = []
     with socket.socket(fileno=conn.fileno()) as control:
         inbox = Inbox()
-        while receive_message(control, inbox) is not None:
+        while (message := receive_message(control, inbox)) is not None:
+            if message == PING:
+                with contextlib.suppress(OSError):  # nobody asks any more
+                    control.send(b".")
+                continue
             wire, plain, leash = map(_socket, inbox.take_fds())
             thread = threading.Thread(target=_serve, args=(wire, plain, leash, credentials))
             thread.daemon = True
