@@ -16,6 +16,7 @@ from tests.qemu.backports import QemuBinary, distribution_qemu
 from tests.qemu.guest_image import MIB
 from tests.receiver import Outcome, Receiver
 from tests.test_receive_qemu import booted, check_postcopy, wait_ram
+from tests.test_run_qemu import check_goes_on, check_missing, check_plain, pair
 
 pytestmark = [pytest.mark.qemu, pytest.mark.uffd, pytest.mark.timeout(90)]
 
@@ -83,12 +84,18 @@ def test_older_machine(tmp_path: Path, unique_name: str, newer: QemuBinary):
         check_ram(source, receiver, migrated(source, receiver, 2))
 
 
-@pytest.mark.parametrize("placement", ["copy", "continue"])
-def test_postcopy(tmp_path: Path, unique_name: str, placement: str):
-    """Postcopy's own pages come on the main channel, as ever."""
-    older = distribution_qemu()
-    if older is None or older.version >= (8, 1):
+@pytest.fixture
+def older() -> QemuBinary:
+    """One that takes both capabilities together."""
+    found = distribution_qemu()
+    if found is None or found.version >= (8, 1):
         pytest.skip("n/a: the QEMU on PATH refuses postcopy with multifd (7.2 to 8.0 do not)")
+    return found
+
+
+@pytest.mark.parametrize("placement", ["copy", "continue"])
+def test_postcopy(tmp_path: Path, unique_name: str, older: QemuBinary, placement: str):
+    """Postcopy's own pages come on the main channel, as ever."""
     with (
         booted(tmp_path, older) as source,
         Receiver(tmp_path, unique_name, None, "--placement", placement) as receiver,
@@ -102,6 +109,32 @@ def test_postcopy(tmp_path: Path, unique_name: str, placement: str):
         outcome = receiver.finish()
         check_ram(source, receiver, outcome)
         check_postcopy(outcome.info)
+
+
+def test_run(tmp_path: Path, unique_name: str, newer: QemuBinary):
+    """A guest goes on here, and finds what it had written until it was stopped."""
+    with pair(tmp_path, unique_name, newer, smp=2) as vms:
+        use_multifd(vms.source, 2)
+        vms.precopy(postcopy=False, rate=16 * MIB)
+        vms.source.set_parameters(max_bandwidth=FAST, downtime_limit=1000)
+        info = vms.runner.wait_info()
+        assert (info["status"], info["postcopy-state"]) == ("completed", "none")
+        check_goes_on(vms)
+        check_plain(vms)
+        vms.end()
+
+
+def test_run_in_postcopy(tmp_path: Path, unique_name: str, older: QemuBinary):
+    with pair(tmp_path, unique_name, older) as vms:
+        use_multifd(vms.source, 2, postcopy_ram=True)
+        vms.resume()
+        check_missing(vms.runner.look(), 0.5)
+        info = vms.complete()
+        assert (info["status"], info["postcopy-state"]) == ("completed", "end")
+        vms.source.wait_migration("completed")
+        check_goes_on(vms)
+        check_plain(vms)
+        vms.end()
 
 
 def test_a_killed_source_is_a_lost_stream(tmp_path: Path, unique_name: str, binary: QemuBinary):
