@@ -31,15 +31,19 @@ TIME ?= 600
 N ?= 100
 SEED ?= 1
 
-.PHONY: setup demo test check lint fuzz chaos clean system-packages newer-qemu
+.PHONY: setup demo test check lint fuzz chaos clean system-packages newer-qemu packages-of-tests
 
 setup: $(INSTALLED)
 
 demo: setup
 	$(BIN)/sharded-pc demo $(ARGS)
 
-test: setup newer-qemu
-	$(BIN)/python -m pytest -n auto $(ARGS)
+test: setup newer-qemu packages-of-tests
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+
+# Never fails: the tests that need them say so when they skip.
+packages-of-tests: system-packages
+	@tools/install-system-packages --tests || true
 
 # A newer QEMU beside the distribution's, where its backports offer one.  Never fails: the tests that
 # need it say so when they skip.

@@ -18,6 +18,8 @@ import pytest
 from sharded_pc import shm
 from sharded_pc.geometry import Placement
 from sharded_pc.shards import watch
+from tests.libvirt.domain import Domain
+from tests.libvirt.pair import Pair, lacking, pair
 from tests.qemu import WaitTimeout, backports, wait_until
 from tests.qemu.backports import QemuBinary
 from tests.receiver import describe, marked_processes
@@ -49,6 +51,28 @@ def newer() -> QemuBinary:
     if found := backports.newer_qemu():
         return found
     pytest.skip("n/a: needs QEMU >= 10: python -m tests.qemu.backports fetch")
+
+
+# --- libvirt ---
+
+
+@pytest.fixture(scope="session")
+def hosts() -> Iterator[Pair]:
+    """Two libvirtd.  One test worker has them: tests with the mark xdist_group("libvirt")."""
+    if why := lacking():
+        pytest.skip(why)
+    with pair() as found:
+        yield found
+
+
+@pytest.fixture
+def domain(hosts: Pair) -> Iterator[Domain]:
+    """A domain for this test, on no host yet; it is nowhere afterwards."""
+    domain = Domain(f"guest{next(_numbers)}", hosts.image)
+    yield domain
+    for host in (hosts.a, hosts.b):
+        if domain.name in host.virsh("list", "--name", "--all").split():
+            host.virsh("destroy", domain.name)
 
 
 # --- skips ---

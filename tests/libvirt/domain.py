@@ -1,0 +1,98 @@
+"""A domain with the checking guest (``tests.qemu.guest_image``), on whichever host it is."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from tests.libvirt.host import Host
+from tests.qemu import TIMEOUT_S, wait_until
+
+MEMORY_MIB = 16
+XML = """
+<domain type='qemu'>
+  <name>{name}</name>
+  <memory unit='MiB'>{memory}</memory>
+  {backing}
+  <vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='pc'>hvm</type></os>
+  <features><acpi/></features>
+  <on_poweroff>destroy</on_poweroff><on_reboot>destroy</on_reboot><on_crash>destroy</on_crash>
+  <devices>
+    <emulator>{emulator}</emulator>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw'/>
+      <source file='{image}'/>
+      <target dev='hda' bus='ide'/>
+      <shareable/>
+    </disk>
+    <serial type='file'><source path='/var/log/libvirt/{name}.serial' append='on'/></serial>
+    <controller type='usb' model='none'/>
+    <memballoon model='none'/>
+  </devices>
+</domain>
+"""
+TCP = "tcp:127.0.0.1"
+SLOWLY = ("--bandwidth", "20", "--postcopy-bandwidth", "20")
+"""MiB/s: the guest writes more than that, so that precopy never ends by itself."""
+QEMU = "/usr/bin/qemu-system-x86_64"
+
+
+class Domain:
+    """``name`` on ``host``; ``host`` is where a test looks for it next."""
+
+    def __init__(
+        self, name: str, image: Path, *, memory_mib: int = MEMORY_MIB, emulator: str = QEMU,
+        backing: str = "",
+    ) -> None:  # fmt: skip
+        self.name = name
+        self._fields = {"name": name, "memory": memory_mib, "image": image, "backing": backing}
+        self._emulator = emulator
+
+    def xml(self, emulator: str | None = None) -> str:
+        return XML.format(**self._fields, emulator=emulator or self._emulator)
+
+    def start(self, host: Host) -> None:
+        """Boots it; its memory is filled afterwards."""
+        file = host.folder / f"{self.name}.xml"
+        file.write_text(self.xml())
+        host.virsh("create", file)
+        wait_until(lambda: "F" in self.said(host), f"{self.name}'s memory filled")
+
+    def migrate(
+        self, source: Host, to: Host, *options: str, uri: str = TCP, xml: str | None = None
+    ) -> str:
+        """Live, slowly enough that it does not end in precopy by itself; what virsh prints."""
+        return source.finish(self.start_migration(source, to, *options, uri=uri, xml=xml))
+
+    def start_migration(
+        self, source: Host, to: Host, *options: str, uri: str = TCP, xml: str | None = None
+    ) -> subprocess.Popen[str]:
+        """For ``source.finish``."""
+        words = ["--live", "--unsafe", *SLOWLY, *options]
+        if uri == TCP:
+            words += ["--listen-address", "127.0.0.1"]
+        if xml:
+            file = to.folder / f"{self.name}-incoming.xml"
+            file.write_text(xml)
+            words += ["--xml", str(file)]
+        return source.start_virsh("migrate", *words, self.name, to.uri, uri)
+
+    def said(self, host: Host, since: int = 0) -> str:
+        """What it printed while it ran there."""
+        file = host.folder / f"log/libvirt/{self.name}.serial"
+        return file.read_text()[since:] if file.exists() else ""
+
+    def wait_passes(self, host: Host, passes: int = 3, timeout: float = TIMEOUT_S) -> None:
+        """Until it has walked over its memory that often from now on, all of it right."""
+        since = len(self.said(host))
+
+        def enough() -> bool:
+            return self.said(host, since).count(".") >= passes
+
+        wait_until(enough, f"{passes} passes of {self.name}", timeout)
+        assert "E" not in (said := self.said(host)), said
+
+    def state(self, host: Host) -> str:
+        """``virsh domstate --reason``."""
+        return host.virsh("domstate", "--reason", self.name).strip()
