@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
-from tests.libvirt.domain import Domain
+from sharded_pc.libvirt import hook
+from tests.libvirt.domain import QEMU, Domain
+from tests.libvirt.host import Host
 from tests.libvirt.pair import Pair
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
@@ -21,3 +25,51 @@ def test_plain_qemu(hosts: Pair, domain: Domain):
     domain.wait_passes(hosts.b)
     assert domain.state(hosts.b) == "running (migrated)"
     assert domain.name not in hosts.a.virsh("list", "--name")
+
+
+STUB = "/var/lib/stub/qemu-stub"
+"""An emulator that becomes QEMU and, for an incoming domain, leaves a note."""
+
+
+@pytest.fixture
+def hooks(hosts: Pair):
+    """The hook on both hosts, installed as a user does, and STUB; without a rule afterwards."""
+    for host in (hosts.a, hosts.b):
+        host.run(sys.executable, "-m", "sharded_pc", "libvirt", "install-hook")
+        host.restart_daemon()
+        stub = host.folder / STUB.removeprefix("/var/")
+        stub.parent.mkdir(exist_ok=True)
+        note = 'case "$*" in *-incoming*) echo $$ > $0.pid;; esac'
+        stub.write_text(f'#!/bin/sh\n{note}\nexec {QEMU} "$@"\n')
+        stub.chmod(0o755)
+    yield
+    for host in (hosts.a, hosts.b):
+        rule(host)
+
+
+def rule(host: Host, *lines: str) -> None:
+    file = host.folder / f"etc/{hook.SETTINGS.removeprefix('/etc/')}"
+    file.write_text("\n".join(["[hook]", f'emulator = "{STUB}"', *lines]))
+
+
+def emulator(host: Host, domain: Domain) -> str:
+    (line,) = [e for e in host.virsh("dumpxml", domain.name).splitlines() if "<emulator>" in e]
+    return line.strip().removeprefix("<emulator>").removesuffix("</emulator>")
+
+
+def test_the_hook_gives_incoming_domains_an_emulator_and_takes_it_back(
+    hosts: Pair, domain: Domain, hooks
+):
+    """Neither the source nor the domain knows of it."""
+    rule(hosts.b, f'domains = ["{domain.name}"]')
+    rule(hosts.a)
+    domain.start(hosts.a)
+    domain.migrate(hosts.a, hosts.b, *AUTOMATIC)
+    assert emulator(hosts.b, domain) == STUB
+    assert int((hosts.b.folder / f"{STUB.removeprefix('/var/')}.pid").read_text()) == hosts.b.qemu(
+        domain.name
+    )
+    domain.wait_passes(hosts.b)
+    domain.migrate(hosts.b, hosts.a, *AUTOMATIC)
+    assert emulator(hosts.a, domain) == QEMU
+    domain.wait_passes(hosts.a)

@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": "sharded_pc.cli.bench:Bench",
     "dump": "sharded_pc.cli.dump:Dump",
     "demo": "sharded_pc.cli.demo:Demo",
+    "libvirt": "sharded_pc.cli.libvirt:Libvirt",
     "clean": "sharded_pc.cli.clean:Clean",
 }
 """Command words and the classes behind them."""

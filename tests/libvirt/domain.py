@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from tests.libvirt.host import Host
-from tests.qemu import TIMEOUT_S, wait_until
+from tests.libvirt.host import TIMEOUT_S, Host
+from tests.qemu import wait_until
 
 MEMORY_MIB = 16
 XML = """
@@ -33,7 +33,7 @@ XML = """
 </domain>
 """
 TCP = "tcp:127.0.0.1"
-SLOWLY = ("--bandwidth", "20", "--postcopy-bandwidth", "20")
+SLOWLY = ("--bandwidth", "32", "--postcopy-bandwidth", "32")
 """MiB/s: the guest writes more than that, so that precopy never ends by itself."""
 QEMU = "/usr/bin/qemu-system-x86_64"
 

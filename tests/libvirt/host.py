@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.libvirt import settings
 from tests.libvirt.network import Network
-from tests.qemu import TIMEOUT_S, VmError, wait_until
+from tests.qemu import VmError, wait_until
 from tests.qemu.backports import TRIPLET, QemuBinary
 
 OF_QEMU = (
@@ -26,6 +26,8 @@ OURS = {"run": "run", "lib": "var/lib", "cache": "var/cache", "log": "var/log", 
 """Folders of a host, and where they stand in it."""
 HERE = "host-etc"
 """This machine's /etc, seen in the host's /run; the host's /etc has links to it."""
+TIMEOUT_S = 40.0
+DAEMON_PID = "/run/libvirtd.pid"
 INIT = """
 set -e
 mount --rbind /etc {folder}/run/{here}
@@ -68,7 +70,6 @@ class Host:
             if not (folder / "etc" / each.name).exists():
                 (folder / "etc" / each.name).symlink_to(f"/run/{HERE}/{each.name}")
         self._init: subprocess.Popen[str]
-        self._daemon: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Host:
         binds = [(self.folder / name, place) for name, place in OURS.items()]
@@ -97,8 +98,6 @@ class Host:
         self._init.stdin.close()
         self._init.wait(TIMEOUT_S)
         self._init.stdout.close()
-        if self._daemon is not None:
-            self._daemon.wait(TIMEOUT_S)
 
     # --- processes ---
 
@@ -134,27 +133,18 @@ class Host:
     # --- libvirtd ---
 
     def start_daemon(self) -> None:
-        with (self.folder / "libvirtd.stderr").open("ab") as said:
-            self._daemon = subprocess.Popen(
-                self.inside("libvirtd"), stdin=subprocess.DEVNULL, stdout=said, stderr=said
-            )
-        wait_until(self._answers, f"libvirtd in {self.folder}")
+        """Returns when it answers, as ``--daemon`` does."""
+        self.run("libvirtd", "--daemon", "--pid-file", DAEMON_PID)
 
     def stop_daemon(self, how: str = "KILL") -> None:
         """Ends libvirtd, not its domains."""
-        assert self._daemon is not None
-        (pid,) = self.processes("libvirtd")[-1:]
+        pid = int((self.folder / DAEMON_PID.removeprefix("/")).read_text())
         self.kill(pid, how)
-        self._daemon.wait(TIMEOUT_S)
+        wait_until(lambda: pid not in self.processes("libvirtd"), "libvirtd's end")
 
-    def _answers(self) -> bool:
-        assert self._daemon is not None
-        if self._daemon.poll() is not None:
-            said = (self.folder / "libvirtd.stderr").read_text()
-            raise VmError(f"libvirtd ended with {self._daemon.returncode}: {said}")
-        if not (self.folder / "run/libvirt/libvirt-sock").is_socket():
-            return False
-        return subprocess.run(_virsh(self.uri, "uri"), capture_output=True).returncode == 0
+    def restart_daemon(self, how: str = "KILL") -> None:
+        self.stop_daemon(how)
+        self.start_daemon()
 
     def virsh(self, *words: object, timeout: float = TIMEOUT_S) -> str:
         """What virsh prints; VirshError with what it says if it fails."""
