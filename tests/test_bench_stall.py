@@ -29,9 +29,9 @@ def test_results_are_of_each_case_in_turns() -> None:
 
 
 def test_the_table_names_what_was_done() -> None:
-    done = bench("stall", "--size", "12M", "--repeat", "1", "--placement", "copy")
+    done = bench("stall", "--size", "24M", "--repeat", "1", "--placement", "copy")
     assert done.returncode == 0, done.stderr
-    assert "12 MiB" in done.stdout
+    assert "24 MiB" in done.stdout
     assert {line.split()[0] for line in done.stdout.splitlines()[-6:]} == {"nothing", *CASES}
 
 
@@ -42,4 +42,4 @@ def test_the_command_knows_all_cases() -> None:
 def test_a_sample_needs_pages() -> None:
     done = bench("stall", "--size", "8M", "--repeat", "20")
     assert done.returncode == 2
-    assert done.stderr == "sharded-pc: --size: at least 240M for --repeat 20\n"
+    assert done.stderr == "sharded-pc: --size: at least 480M for --repeat 20\n"

@@ -22,8 +22,8 @@ from sharded_pc.bench.stall_cases import CASES, Case, Scene
 from sharded_pc.errors import UsageError
 from sharded_pc.geometry import PAGE_BYTES
 
-LEAST_PAGES = 512
-"""A sample has to last longer than that."""
+LEAST_PAGES = 1024
+"""Of a sample: the loss comes in its middle, STRIKE_SECONDS after its begin."""
 KEYS = ("case", "path", "placement", "workers")
 
 

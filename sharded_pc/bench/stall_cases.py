@@ -15,11 +15,11 @@ from pathlib import Path
 from sharded_pc.bench.guest import GuestProcess
 from sharded_pc.bench.page_source import BLOCK, FIRST_BYTE, PageSource
 from sharded_pc.bench.product import Product
-from sharded_pc.errors import GuestLost
+from sharded_pc.errors import GuestLost, UsageError
 from sharded_pc.observe.view import ReceiverView
 from sharded_pc.shards.shard import DEATHS_MOST, DEATHS_SECONDS
 
-STRIKE_SECONDS = 0.02
+STRIKE_SECONDS = 0.005
 """From the first touch on."""
 RECOVER_SECONDS = 30.0
 LOOK_SECONDS = 0.001
@@ -87,10 +87,13 @@ class Scene:
         return self._view.info()["sharded"]["shards"]
 
     def stall_ms(self, first: int, count: int, seed: int, strike: Callable[[], None]) -> float:
-        """The longest wait for one of `count` pages; `strike` is called in the middle."""
+        """The longest wait for one of `count` pages; `strike` is called in the middle.
+        UsageError: the guest was through before."""
         with ThreadPoolExecutor(1) as beside:
             touching = beside.submit(self.guest.touch, seed, 1, FIRST_BYTE, first, count)
             time.sleep(STRIKE_SECONDS)
+            if touching.done():
+                raise UsageError(f"--size: a sample of {count} pages is over before the loss")
             strike()  # on this thread: a receiver that it starts dies with the thread
             touched = touching.result()
         self.source.check()

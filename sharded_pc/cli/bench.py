@@ -212,7 +212,7 @@ class Stall:
     cases = ("worker-killed", "worker-stopped", "workers-killed", "wire-cut", "receiver-killed")
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        _add_common(parser, "256M")
+        _add_common(parser, "512M")
         _add_placement(parser)
         parser.add_argument(
             "--case", type=_words(*self.cases), default=self.cases, metavar="WHAT,...",
