@@ -15,19 +15,13 @@ import pytest
 
 from sharded_pc.address import KeepAlive, TcpAddress, UnixAddress, parse
 from sharded_pc.errors import RemoteProtocolError
+from sharded_pc.testing.certificates import SOURCE_NAME, Authority
 from sharded_pc.transport.incoming import Listener, listen
 from sharded_pc.transport.tls import process as tls_process
 from sharded_pc.transport.tls import refusals
 from sharded_pc.transport.tls.credentials import HAS_PSK, PSK_KEYS, X509, Psk
 from sharded_pc.transport.tls.door import Door
-from tests.certificates import (
-    SOURCE_NAME,
-    Authority,
-    certificates,
-    client_context,
-    credentials,
-    inside,
-)
+from tests.certificates import certificates, client_context, credentials, inside
 from tests.qemu import wait_until
 from tests.synthetic import WAIT_S
 

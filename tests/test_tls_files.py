@@ -12,11 +12,12 @@ import pytest
 
 from sharded_pc.address import parse
 from sharded_pc.errors import UsageError
+from sharded_pc.testing.certificates import CLIENT, Authority, openssl
 from sharded_pc.transport.incoming import listen
 from sharded_pc.transport.tls.credentials import HAS_PSK, PSK_KEYS, X509, Psk
 from sharded_pc.transport.tls.door import Door
 from sharded_pc.transport.tls.names import distinguished_name
-from tests.certificates import CLIENT, Authority, certificates, credentials, openssl
+from tests.certificates import certificates, credentials
 from tests.receiver import Receiver
 from tests.synthetic import WAIT_S, Background
 

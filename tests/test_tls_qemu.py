@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("qemu.qmp", reason="needs the client: pip install qemu.qmp")
 
+from sharded_pc.testing.certificates import HOST, SOURCE_NAME
 from sharded_pc.transport.tls.credentials import HAS_PSK
-from tests.certificates import HOST, SOURCE_NAME, certificates
+from tests.certificates import certificates
 from tests.qemu import wait_until
 from tests.qemu.guest_image import MIB
 from tests.qemu.vm import QemuVm

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from sharded_pc.address import UnixAddress
+from sharded_pc.testing.certificates import SOURCE_NAME
 from sharded_pc.testing.oracle import DIRTIED
-from tests.certificates import SOURCE_NAME, certificates, client_context, credentials, inside
+from tests.certificates import certificates, client_context, credentials, inside
 from tests.control import Control
 from tests.guest_process import GuestProcess
 from tests.synthetic import (
