@@ -18,10 +18,11 @@ pytest.importorskip("qemu.qmp", reason="needs the client: pip install qemu.qmp")
 
 from benchmarks.record import record, zero_runs
 from sharded_pc.bench import recording
+from sharded_pc.bench.jobs import Whole
 from sharded_pc.bench.peer import QemuPeer
 from sharded_pc.bench.product import Product
 from sharded_pc.bench.recording import Recording
-from sharded_pc.bench.sender import Sender
+from sharded_pc.bench.sender import Sender, Where
 from sharded_pc.errors import GuestLost, RemoteProtocolError, UsageError
 from sharded_pc.wire import events
 from sharded_pc.wire.feed import read_stream
@@ -49,8 +50,8 @@ def copied(recorded: Recording, tmp_path: Path) -> Path:
 
 
 def send(found: Recording, uri: str, pid: int) -> None:
-    with Sender(found.path) as sender:
-        sent = sender.send(uri, found.setup_end, 0.0, lambda: [pid])
+    with Sender() as sender:
+        sent = sender.send(Whole(found.path, found.setup_end), Where(uri, 0.0), lambda: [pid])
     assert 0 < sent.sent_ns <= sent.ns
     assert sent.cpu_seconds > 0
 

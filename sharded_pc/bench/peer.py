@@ -146,9 +146,9 @@ class QemuPeer:
             self._check_alive()
             raise
 
-    def listen(self, uri: str, *capabilities: str) -> str:
-        """Waits for a postcopy migration at `uri`; returns the address with TCP's real port."""
-        wanted = [{"capability": c, "state": True} for c in ("postcopy-ram", *capabilities)]
+    def listen(self, uri: str, *, postcopy: bool = True) -> str:
+        """Waits for a migration at `uri`; returns the address with TCP's real port."""
+        wanted = [{"capability": "postcopy-ram", "state": postcopy}]
         self.qmp("migrate-set-capabilities", capabilities=wanted)
         self.qmp("migrate-incoming", uri=uri)
         if not uri.startswith("tcp:"):

@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sharded_pc.errors import RemoteProtocolError, StreamEnded, UsageError
@@ -80,8 +80,8 @@ def read(path: str | os.PathLike) -> Recording:
     """
     path = os.fspath(path)
     try:
-        with _mapped(path) as data:
-            scan = _Scan(data)
+        with mapped(path) as data:
+            scan = Scan(data)
             scan.run()
     except OSError as error:
         raise UsageError(f"recording {path}: {error.strerror}") from error
@@ -97,7 +97,7 @@ def read(path: str | os.PathLike) -> Recording:
 
 
 @contextlib.contextmanager
-def _mapped(path: str) -> Iterator[mmap.mmap]:
+def mapped(path: str) -> Iterator[mmap.mmap]:
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise StreamEnded("it is empty")
@@ -127,12 +127,19 @@ _CONTINUED = object()
 """The scan's wish: pass over all page records that name no block."""
 
 
-class _Scan:
-    """Drives the stream's parser over a mapping; page records are passed over, not read."""
+class Scan:
+    """Drives the stream's parser over a mapping; page records are passed over, not read.
+
+    `note(header, at)`, if there is one, hears of each page with data: its record's header and where
+    its bytes begin; -1 for a page of zeros."""
+
+    note: Callable[[int, int], None] | None = None
+    block = ""
+    """that the records name"""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
-        self._blocks: dict[str, int] = {}
+        self.blocks: dict[str, int] = {}
         self._reader = StreamReader(self._records)
         self.at = self.normal = self.zero = 0
         self.machine = ""
@@ -141,7 +148,7 @@ class _Scan:
 
     @property
     def ram(self) -> int:
-        return sum(self._blocks.values())
+        return sum(self.blocks.values())
 
     def run(self) -> None:
         parser = self._reader.events()
@@ -185,11 +192,16 @@ class _Scan:
         data, at, unpack = self._data, self.at, _HEADER.unpack_from
         normal, zero, last = 0, 0, len(data) - _HEADER.size
         while at <= last:
-            kind = unpack(data, at)[0] & 0xFFF
+            header = unpack(data, at)[0]
+            kind = header & 0xFFF
             if kind == _PAGE:
+                if self.note is not None:
+                    self.note(header, at + 8)
                 normal += 1
                 at += 8 + PAGE_BYTES
             elif kind == _ZERO:
+                if self.note is not None:
+                    self.note(header, -1)
                 zero += 1
                 at += 9
             else:
@@ -198,9 +210,9 @@ class _Scan:
 
     def _records(self) -> Parser:
         """The records of one section, through EOS."""
-        if not self._blocks:
+        if not self.blocks:
             blocks = yield from ram.first_record(self._reader.page_sizes)
-            self._blocks = {block.name: block.size for block in blocks}
+            self.blocks = {block.name: block.size for block in blocks}
         while True:
             yield _CONTINUED
             header = yield from number(8)
@@ -212,8 +224,11 @@ class _Scan:
         if header & 0xFFF not in (RamFlag.PAGE, RamFlag.ZERO):
             raise ram.bad_flags(header)
         name = yield from counted_text("RAM record")
-        if name not in self._blocks:
+        if name not in self.blocks:
             raise ram.unknown_block(name)
+        self.block = name
+        if self.note is not None:
+            self.note(header, self.at if header & RamFlag.PAGE else -1)
         if header & RamFlag.PAGE:
             self.normal += 1
             yield PAGE_BYTES

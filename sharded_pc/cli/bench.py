@@ -11,6 +11,9 @@ from sharded_pc.errors import ExitCode, UsageError
 MAX_BATCH = 64
 MAX_THREADS = 64
 MAX_WORKERS = 64
+MAX_CHANNELS = 255
+"""`multifd-channels` is a byte."""
+COMPRESSIONS = ("none", "zlib", "zstd")
 MAX_PAUSE_SECONDS = 60.0
 STRIPE_BYTES = 2 << 20
 
@@ -192,14 +195,27 @@ class Replay:
             "--pause", type=_seconds, default=1.0, metavar="SECONDS",
             help="the sender's rest after the set-up section, as precopy leaves time (default 1)",
         )  # fmt: skip
+        parser.add_argument(
+            "--channels", type=_numbers(MAX_CHANNELS), default=(), metavar="N,...",
+            help="its pages by precopy, over so many channels of multifd",
+        )  # fmt: skip
+        parser.add_argument(
+            "--compression", type=_words(*COMPRESSIONS), metavar="HOW,...",
+            help=f"of multifd: {', '.join(COMPRESSIONS)} (default none)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--tls", action="store_true", help="inside TLS with certificates, too, beside plain"
+        )
         _add_repeats(parser)
 
     def run(self, args: argparse.Namespace) -> int:
+        if args.compression and not args.channels:
+            raise UsageError("--compression: it is multifd's: give --channels N,... too")
         from sharded_pc.bench import replay
 
         settings = replay.ReplaySettings(
             args.recording, args.peer, args.workers, args.placement, args.transport, args.pause,
-            args.repeat,
+            args.repeat, args.channels, args.compression or ("none",), args.tls,
         )  # fmt: skip
         return _tell(args, replay, settings, replay.text)
 
