@@ -10,21 +10,38 @@ from sharded_pc.errors import ExitCode
 
 
 class Check:
-    """Prints the findings of host.py; ends with ExitCode.HOST when a required one failed."""
+    """Prints findings, of `host` or of `libvirt`; ExitCode.HOST when a required one failed."""
 
     name = "check"
     help = "can this host do it? each missing thing with its remedy"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        parser.add_argument(
+            "--libvirt", action="store_true",
+            help="can its libvirt do it? as the user of libvirt's QEMUs, confined as they are",
+        )  # fmt: skip
 
     def run(self, args: argparse.Namespace) -> int:
-        from sharded_pc.host import findings  # loads the C core, which --help does without
-
-        found = findings()
+        found = of_libvirt() if args.libvirt else of_host()
         ok = all(each.ok or not each.required for each in found)
         print(as_json(ok, found) if args.json else as_table(ok, found))
         return ExitCode.COMPLETED if ok else ExitCode.HOST
+
+
+# Both load the C core, which --help does without.
+
+
+def of_host():
+    from sharded_pc.host import findings
+
+    return findings()
+
+
+def of_libvirt():
+    from sharded_pc.libvirt.findings import findings
+
+    return findings()
 
 
 def as_json(ok: bool, found) -> str:

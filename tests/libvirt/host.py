@@ -13,29 +13,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.libvirt import settings
+from tests.libvirt import rooms, settings
 from tests.libvirt.network import Network
 from tests.qemu import VmError, wait_until
-from tests.qemu.backports import TRIPLET, QemuBinary
+from tests.qemu.backports import QemuBinary
 
-OF_QEMU = (
-    "usr/bin/qemu-system-x86_64", f"usr/lib/{TRIPLET}/qemu", "usr/share/qemu", "usr/share/seabios",
-)  # fmt: skip
-"""A QEMU by its compiled-in names: libvirt's probing finds no modules by any other."""
-OURS = {"run": "run", "lib": "var/lib", "cache": "var/cache", "log": "var/log", "etc": "etc"}
-"""Folders of a host, and where they stand in it."""
-HERE = "host-etc"
-"""This machine's /etc, seen in the host's /run; the host's /etc has links to it."""
 TIMEOUT_S = 40.0
 DAEMON_PID = "/run/libvirtd.pid"
-INIT = """
-set -e
-mount --rbind /etc {folder}/run/{here}
-{binds}
-mount -t tmpfs tmpfs /dev/shm
-echo ready
-exec env --ignore-signal=CHLD cat  # the kernel reaps what is handed to the first process
-"""
 
 
 class VirshError(VmError):
@@ -58,9 +42,9 @@ class Host:
     ) -> None:  # fmt: skip
         self.folder, self._network, self._binary = folder, network, binary
         self.uri = f"qemu+unix:///system?socket={folder}/run/libvirt/libvirt-sock"
-        for name in OURS:
+        for name in rooms.OURS:
             (folder / name).mkdir(parents=True)
-        (folder / "run" / HERE).mkdir()
+        (folder / "run" / rooms.HERE).mkdir()
         self.log.parent.mkdir()
         uuid = f"{number}aaaaaaa-0000-4000-8000-000000000000"
         ports = {"migration_port_min": 49200 + 100 * number}
@@ -68,16 +52,11 @@ class Host:
         settings.write(folder / "etc", uuid, {**ports, **(qemu or {})})
         for each in Path("/etc").iterdir():
             if not (folder / "etc" / each.name).exists():
-                (folder / "etc" / each.name).symlink_to(f"/run/{HERE}/{each.name}")
+                (folder / "etc" / each.name).symlink_to(f"/run/{rooms.HERE}/{each.name}")
         self._init: subprocess.Popen[str]
 
     def __enter__(self) -> Host:
-        binds = [(self.folder / name, place) for name, place in OURS.items()]
-        root = self._binary.path.parents[2]
-        if root != Path("/"):
-            binds += [(root / each, each) for each in OF_QEMU]
-        lines = "\n".join(f"mount --rbind {source} /{place}" for source, place in binds)
-        script = INIT.format(folder=self.folder, here=HERE, binds=lines)
+        script = rooms.script(self.folder, self._binary)
         command = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork"]
         command = ["nsenter", f"--net={self._network.path}", *command, "--mount-proc"]
         self._init = subprocess.Popen(

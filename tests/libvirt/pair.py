@@ -14,6 +14,7 @@ from tests.libvirt.domain import MEMORY_MIB
 from tests.libvirt.host import Host
 from tests.libvirt.network import Network
 from tests.qemu import backports
+from tests.qemu.backports import QemuBinary
 from tests.qemu.guest_image import write_image
 
 PROGRAMS = ("libvirtd", "virsh", "nsenter", "unshare", "ip", "ps")
@@ -38,6 +39,9 @@ class Pair:
     b: Host
     image: Path
     folder: Path
+    network: Network
+    """for further hosts"""
+    binary: QemuBinary
 
 
 @contextlib.contextmanager
@@ -48,8 +52,10 @@ def pair() -> Iterator[Pair]:
     with contextlib.ExitStack() as stack:
         # pytest's own folders have long names, and sockets stand in these
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="libvirt-")))
+        folder.chmod(0o755)  # QEMU's user may be another
         image = write_image(folder / "guest.img", MEMORY_MIB)
+        image.chmod(0o666)
         network = stack.enter_context(Network())
         a = stack.enter_context(Host(folder / "a", 0, network, binary))
         b = stack.enter_context(Host(folder / "b", 1, network, binary))
-        yield Pair(a, b, image, folder)
+        yield Pair(a, b, image, folder, network, binary)
