@@ -1,16 +1,20 @@
-"""Child processes: spawned, with a pipe, and deaf to ^C and its like (their parent hears them)."""
+"""Child processes: spawned, with a pipe, deaf to ^C and its like (their parent hears them), and
+killed by the kernel when the thread that started them dies."""
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator
+from importlib import resources
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+CHILD = "SHARDED_PC_CHILD"
 GROUP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
@@ -24,6 +28,21 @@ def _deaf() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _bound() -> Iterator[None]:
+    """Processes started within die with us from their first instruction on (native/child/main.c):
+    Python takes long to start, and one that is stopped meanwhile would stay."""
+    child = str(resources.files("sharded_pc.native").joinpath("sharded-pc-child"))
+    python = multiprocessing.spawn.get_executable()
+    os.environ[CHILD] = f"{os.getpid()}:{os.fsdecode(python)}"
+    multiprocessing.set_executable(child)
+    try:
+        yield
+    finally:
+        multiprocessing.set_executable(python)
+        del os.environ[CHILD]
 
 
 def is_alive(pid: int) -> bool:
@@ -55,7 +74,7 @@ def start(
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=target, args=(theirs, *args), name=name, daemon=daemon)
-    with _deaf():
+    with _deaf(), _bound():
         process.start()
     theirs.close()
     return process, ours

@@ -29,7 +29,7 @@ from sharded_pc.host import oom
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.control import POOL_BYTES_PER_SHARD
 from sharded_pc.native.multifd import ChannelLoop
-from sharded_pc.native.shard import Shard, allow_interrupts, end_with_parent
+from sharded_pc.native.shard import Shard, allow_interrupts
 from sharded_pc.native.uffd import Uffd
 
 MADV_NOHUGEPAGE = getattr(mmap, "MADV_NOHUGEPAGE", 15)
@@ -282,7 +282,6 @@ class _Process:
 def main(conn: Connection, name: str) -> None:
     """Entry of the process."""
     try:
-        end_with_parent()
         oom.be_first()
         process = _Process(conn, name)
     except (ShardedPcError, OSError) as error:

@@ -16,12 +16,6 @@ def allow_interrupts(signo: int) -> None:
     ensure(lib.sp_allow_interrupts(signo), f"handle signal {signo}")
 
 
-def end_with_parent() -> None:
-    """This process is killed when the coordinator dies: one that is stopped does not see its pipe
-    close."""
-    ensure(lib.sp_end_with_parent(), "end with the coordinator")
-
-
 class Shard:
     """Places the pages of one shard.  Buffers must outlive it; release() before closing them."""
 

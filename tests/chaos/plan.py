@@ -20,8 +20,6 @@ COORDINATOR_KILLS = (0, 1, 1, 2)
 COORDINATOR_SIGNALS = ("KILL", "KILL", "SEGV", "SEGV", "STOP")
 SIGNALS = ("KILL", "KILL", "KILL", "SEGV", "STOP", "STOP")
 ENDS = (Kind.CUT, Kind.CUT, Kind.CUT, Kind.RESET, Kind.RESET, Kind.SILENCE)
-SPARE_STOPPED_S = 0.1
-"""Never for ever: one that starts has not told the kernel yet to end it with its coordinator."""
 MISTAKES = ("nonsense", "nowhere", "elsewhere", "stranger", "knock")
 """What an operator, and who else can reach the address, does wrong before it goes well."""
 
@@ -229,8 +227,6 @@ class _Legs:
         signal = draw.choice(SIGNALS)
         stopped = draw.choice((None, draw.uniform(0.001, 0.2))) if signal == "STOP" else None
         whom = draw.choice((*range(self._workers), *range(self._workers), ALL, SPARE))
-        if whom == SPARE and signal == "STOP" and stopped is None:
-            stopped = SPARE_STOPPED_S
         return Kill(whom, signal, stopped)
 
 

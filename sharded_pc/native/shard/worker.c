@@ -9,7 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <unistd.h>
 
 #include "kernel/uffd.h"
@@ -137,11 +136,6 @@ void sp_worker_listen(sp_worker *w, int back_fd)
     w->back_fd = back_fd;
     atomic_store(&w->listening, 1);
     sp_bell_ring(&w->shard->work);
-}
-
-int sp_end_with_parent(void)
-{
-    return prctl(PR_SET_PDEATHSIG, SIGKILL) ? -errno : 0;
 }
 
 static void only_interrupt(int signo)

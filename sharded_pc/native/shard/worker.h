@@ -65,9 +65,6 @@ void sp_worker_stop(sp_worker *w);
  * they are mapped where the guest says) and makes the guest known.  0 or -errno, *bad = block. */
 int sp_worker_add_guest(sp_worker *w, uint32_t guest, int uffd, const uint64_t *base,
                         uint64_t mode, uint32_t *bad);
-/* The kernel kills this process when the one that started it dies, even if it is stopped.  0 or
- * -errno. */
-int sp_end_with_parent(void);
 /* Makes a signal interrupt a blocking read instead of ending the process.  0 or -errno. */
 int sp_allow_interrupts(int signo);
 /* Asks the guest's fault loop to end; the caller interrupts its read by a signal and joins. */

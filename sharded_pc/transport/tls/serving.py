@@ -18,7 +18,6 @@ import time
 from multiprocessing.connection import Connection
 
 from sharded_pc.errors import UsageError
-from sharded_pc.native.shard import end_with_parent
 from sharded_pc.transport.fds import Inbox, receive_message
 from sharded_pc.transport.tls.credentials import Credentials
 from sharded_pc.transport.tls.pump import FLUSH_SECONDS, Pump
@@ -30,7 +29,6 @@ PING = {"ping": True}
 
 def main(conn: Connection, credentials: Credentials) -> None:
     """Entry of the process."""
-    end_with_parent()
     threads = []
     with socket.socket(fileno=conn.fileno()) as control:
         inbox = Inbox()
