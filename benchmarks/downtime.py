@@ -1,13 +1,16 @@
-"""Downtime and first sweep of a postcopy migration: `sharded-pc run` beside QEMU's own destination,
-in turns.
+"""What a guest feels of the switch: `sharded-pc run` beside QEMU's own destination, in turns.
 
-    python -m benchmarks.downtime [--repeat 5] [--memory 256] [--json]
+    python -m benchmarks.downtime [--repeat 5] [--switch 0.3,3] [--machine pc,q35] [--json]
 
-Run it from a checkout (it uses the QEMUs, the guest and the fixtures of tests/).  Downtime is the
-time from the source's STOP event to the destination's RESUME event, as the two QEMUs stamp them;
-the sweep is the time from RESUME until the guest has gone once over all of its memory there.
-The guest walks over all of its memory; precopy is held at 4 MiB/s and the switch comes after 1 MiB,
-so nearly all RAM is missing when it resumes.  Postcopy is not limited unless --rate is given.
+Run it from a checkout (it uses the QEMUs and the fixtures of tests/; the kernel is fetched once).
+A Linux guest under TCG writes most of its memory in a loop (linux_guest.py).  Precopy is limited to
+400 MiB/s, postcopy is not; the switch is told so many seconds after the migration began.
+
+========  ==========================================================================================
+downtime  from the source's STOP event to the destination's RESUME event, as both QEMUs stamp them
+total     from the word for the switch to the source's `completed`
+sweep     the longest of the guest's first three passes that it ends there, by its own clock
+========  ==========================================================================================
 """
 
 from __future__ import annotations
@@ -18,74 +21,45 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+from benchmarks import linux_guest
 from tests.qemu import backports
 from tests.qemu.backports import QemuBinary
-from tests.qemu.guest_image import MIB, write_image
+from tests.qemu.guest_image import MIB
 from tests.qemu.vm import QemuVm
 from tests.runner import Destination, Runner
-from tests.test_receive_qemu import begin_precopy, switch
 from tests.test_run_qemu import seconds
 
-SWEEP_SECONDS = 60
+SECONDS = 120
+PRECOPY_RATE = 400 * MIB
+PASSES = 3
+FIGURES = ("downtime", "total", "sweep")
+Measure = Callable[[Path, QemuVm, dict], "Sample"]
+Sample = tuple[float, float, float]
 
 
-def sweep_end(guest: QemuVm) -> float:
-    """When the guest has ended its second pass here: the first one began at the source."""
-    deadline = time.time() + SWEEP_SECONDS
-    while guest.serial().count(".") < 2:
-        if time.time() > deadline:
-            raise TimeoutError(f"no sweep in {SWEEP_SECONDS} s")
-        time.sleep(0.001)
-    return time.time()
-
-
-def migrate(source: QemuVm, guest: QemuVm, uri: str, rate: int) -> tuple[float, float]:
-    """Milliseconds from STOP to RESUME, and from there to the end of the first sweep; returns when
-    the source has completed."""
-    begin_precopy(source, uri)
-    if isinstance(guest, Destination):
-        guest.start()
-    switch(source, postcopy_rate=rate)
-    stop, start = source.wait_event("STOP"), guest.wait_event("RESUME")
-    swept = sweep_end(guest)
-    source.set_parameters(max_postcopy_bandwidth=0)
-    source.wait_migration("completed")
-    assert guest.wrong_words() == []
-    return 1000 * (seconds(start) - seconds(stop)), 1000 * (swept - seconds(start))
-
-
-def ours(placement: str, folder: Path, source: QemuVm, options: dict, rate: int) -> tuple:
+@contextmanager
+def ours(placement: str, folder: Path, options: dict) -> Iterator[tuple[QemuVm, str]]:
     guest = Destination(folder, "dst", **options)
     words = ("--placement", placement)
     with Runner(folder, f"downtime-{os.getpid()}", guest, *words) as runner:
-        took = migrate(source, guest, runner.uri(), rate)
+        yield guest, runner.uri()
         runner.wait_info()
         guest.qmp("quit")
         runner.finish()
-    return took
 
 
-def qemus(folder: Path, source: QemuVm, options: dict, rate: int) -> tuple:
+@contextmanager
+def qemus(folder: Path, options: dict) -> Iterator[tuple[QemuVm, str]]:
     with QemuVm(folder, "dst", incoming="defer", **options) as guest:
         guest.set_capabilities(postcopy_ram=True, events=True)
         uri = f"unix:{folder / 'incoming'}"
         guest.qmp("migrate-incoming", uri=uri)
-        return migrate(source, guest, uri, rate)
-
-
-def once(measure: Callable, binary: QemuBinary, memory_mib: int, rate: int) -> tuple:
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="downtime-")))
-        image = write_image(folder / "guest.img", memory_mib, writes=False)
-        options = {"binary": binary, "memory_mib": memory_mib, "image": image}
-        source = stack.enter_context(QemuVm(folder, "src", **options))
-        source.wait_serial("F")
-        return measure(folder, source, options, rate)
+        yield guest, uri
 
 
 DESTINATIONS: dict[str, Callable] = {
@@ -95,45 +69,113 @@ DESTINATIONS: dict[str, Callable] = {
 }
 
 
-def row(qemu: str, figure: str, name: str, took: list[float]) -> dict:
-    median = statistics.median(took)
-    return {"qemu": qemu, "figure": figure, "destination": name, "median": median, "runs": took}
+def migrate(source: QemuVm, guest: QemuVm, uri: str, switch_after: float) -> Sample:
+    source.set_capabilities(postcopy_ram=True, events=True)
+    source.set_parameters(max_bandwidth=PRECOPY_RATE, downtime_limit=1, max_postcopy_bandwidth=0)
+    source.migrate(uri)
+    began = time.monotonic()
+    if isinstance(guest, Destination):
+        guest.start()
+    time.sleep(max(0, began + switch_after - time.monotonic()))
+    told = time.time()
+    source.start_postcopy()
+    stop = seconds(source.wait_event("STOP"))
+    resume = seconds(guest.wait_event("RESUME"))
+    source.wait_migration("completed", timeout=SECONDS)
+    completed = time.time()
+    return 1000 * (resume - stop), 1000 * (completed - told), _worst_sweep(guest)
 
 
-def results(repeat: int, memory_mib: int, rate: int) -> list[dict]:
-    rows = []
-    for binary in backports.available_qemus():
-        runs: dict[str, list[tuple]] = {name: [] for name in DESTINATIONS}
-        for _ in range(repeat):
-            for name, measure in DESTINATIONS.items():
-                runs[name].append(once(measure, binary, memory_mib, rate))
-        for what, figure in enumerate(("downtime", "sweep")):
-            rows += [
-                row(str(binary), figure, name, [both[what] for both in took])
-                for name, took in runs.items()
-            ]
-    return rows
+def _worst_sweep(guest: QemuVm) -> float:
+    """The first pass that it ends there began at the source, and counts: it met the switch."""
+
+    def swept() -> list[float] | None:
+        took = [milliseconds for _, milliseconds in linux_guest.passes(guest.serial())]
+        return took[:PASSES] if len(took) >= PASSES else None
+
+    took = guest.wait_until(swept, f"{PASSES} passes", SECONDS)
+    assert "wrong" not in guest.serial(), guest.error("the guest found wrong pages")
+    return max(took)
+
+
+def once(destination: Callable, state: Path, options: dict, switch_after: float) -> Sample:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="downtime-")))
+        source = QemuVm(folder, "src", incoming=f"exec:cat {state}", **options)
+        stack.enter_context(source)
+        source.wait_until(lambda: source.run_state() in ("paused", "running"), "its state")
+        guest, uri = stack.enter_context(destination(folder, options))
+        source.qmp("cont")
+        source.wait_until(lambda: linux_guest.passes(source.serial()), "a pass", SECONDS)
+        return migrate(source, guest, uri, switch_after)
+
+
+def measured(args: argparse.Namespace, binary: QemuBinary, machine: str) -> Iterator[dict]:
+    with tempfile.TemporaryDirectory(prefix="downtime-state-") as at:
+        extra = linux_guest.arguments(Path(at), args.memory * 2 // 3)
+        extra += ["-vga", "std"] if args.vga else []
+        state = linux_guest.boot(Path(at), binary, args.memory, extra, machine)
+        options = {"binary": binary, "memory_mib": args.memory, "extra": extra, "machine": machine}
+        for _ in range(args.repeat):
+            for switch_after in args.switch:
+                for name, destination in DESTINATIONS.items():
+                    sample = once(destination, state, options, switch_after)
+                    for figure, took in zip(FIGURES, sample, strict=True):
+                        yield {
+                            "qemu": str(binary), "machine": machine, "switch": switch_after,
+                            "destination": name, "figure": figure, "ms": took,
+                        }  # fmt: skip
+
+
+KEYS = ("qemu", "machine", "switch", "figure")
+
+
+def table(runs: list[dict]) -> Iterator[str]:
+    """Medians; the ratio is that of the medians, QEMU's own destination is 1."""
+    columns = "".join(f"  {name:>26}" for name in DESTINATIONS)
+    yield f"{'source':12} {'machine':8} {'switch':>6} {'ms':9}{columns}"
+    for key in dict.fromkeys(tuple(run[k] for k in KEYS) for run in runs):
+        took = {
+            name: [r["ms"] for r in runs
+                   if tuple(r[k] for k in KEYS) == key and r["destination"] == name]
+            for name in DESTINATIONS
+        }  # fmt: skip
+        peer = statistics.median(took["QEMU"])
+        cells = ""
+        for each in took.values():
+            median = statistics.median(each)
+            cell = f"{median:.1f} ({min(each):.1f}..{max(each):.1f})"
+            cells += f"  {cell:>20} {median / peer:5.2f}"
+        yield f"{key[0]:12} {key[1]:8} {key[2]:>5}s {key[3]:9}{cells}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--memory", type=int, default=256, metavar="MIB")
     parser.add_argument(
-        "--rate", type=int, default=0, metavar="MIB/S", help="in postcopy; 0: no limit"
+        "--memory", type=int, default=768, metavar="MIB", help="two thirds are written"
     )
+    parser.add_argument("--switch", type=_numbers, default=(0.3, 3.0), metavar="SECONDS,...")
+    parser.add_argument("--machine", type=lambda text: text.split(","), default=["pc"])
+    parser.add_argument("--vga", action="store_true", help="with video memory of its own")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    rows = results(args.repeat, args.memory, args.rate * MIB)
+    load, runs = os.getloadavg()[0], []
+    for binary in backports.available_qemus():
+        if binary.version < backports.NEWER:
+            continue  # as a source it loses pages of a guest that writes
+        for machine in args.machine:
+            runs += measured(args, binary, machine)
     if args.json:
-        print(json.dumps({"parameters": vars(args), "load": os.getloadavg()[0], "results": rows}))
+        print(json.dumps({"parameters": vars(args), "load": load, "runs": runs}))
         return
-    print(f"{args.memory} MiB, {args.repeat} repeats in turns, load {os.getloadavg()[0]:.1f}; ms")
-    print(f"{'qemu':12} {'figure':9} {'destination':14} {'median':>7}  least..greatest")
-    for each in rows:
-        least, greatest = min(each["runs"]), max(each["runs"])
-        names = f"{each['qemu']:12} {each['figure']:9} {each['destination']:14}"
-        print(f"{names} {each['median']:7.1f}  {least:.1f}..{greatest:.1f}")
+    print(f"{args.memory} MiB, Linux that writes, {args.repeat} repeats in turns, load {load:.1f}")
+    print("median (least..greatest), and its ratio to QEMU's own destination")
+    print(*table(runs), sep="\n")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
 
 
 if __name__ == "__main__":
