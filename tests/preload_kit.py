@@ -43,7 +43,8 @@ NATIVE = HERE.parent / "sharded_pc" / "native"
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tests/native/preload_client.c"""
     path = tmp_path_factory.mktemp("preload") / "client"
-    core = [source for source in NATIVE.glob("**/*.c") if source.name not in ("binding.c", "main.c")]
+    apart = ("binding.c", "main.c")
+    core = [source for source in NATIVE.glob("**/*.c") if source.name not in apart]
     sources = [HERE / "native/preload_client.c", *core]
     flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror"]
     subprocess.run(["cc", *flags, f"-I{NATIVE}", "-o", path, *sources, "-pthread"], check=True)
