@@ -185,6 +185,8 @@ class Coordinator:
         if known is not None:
             await destination.adopt(*known)
             self.migration.watch()
+        else:
+            await self.migration.start_destination()
 
     # The migration
 

@@ -12,9 +12,10 @@ import itertools
 import mmap
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from sharded_pc import shm
+from sharded_pc.backend_segments import BackendSegments
 from sharded_pc.errors import HostError, UsageError
 from sharded_pc.geometry import Geometry, Placement
 from sharded_pc.native.control import (
@@ -42,6 +43,8 @@ class GuestMemory:
         self.control = Control(control.map)
         self.geometry: Geometry | None = None
         self.blocks: list[Segment] = []
+        self.backends: BackendSegments | None = None
+        """of a destination that is up before the geometry is known"""
         self._bitmap_segment: Segment | None = None
         self.received: Bitmap
         self.requested: Bitmap
@@ -119,14 +122,16 @@ class GuestMemory:
         reason: str = "as asked",
         *,
         reserve: bool = False,
+        first: Sequence[Segment] = (),
     ) -> None:
         """Makes the blocks and bitmaps; HostError.  On failure nothing of it stays.  `reason`: why
         this placement, at most 159 bytes.  `reserve`: allocates the blocks now (`continue`: with
-        `copy` nobody would wait for what is there)."""
+        `copy` nobody would wait for what is there).  `first`: segments that the first blocks have
+        already, ours from now on."""
         assert self.geometry is None
-        made: list[Segment] = []
+        made = list(first)
         try:
-            for block in geometry.blocks:
+            for block in geometry.blocks[len(first) :]:
                 name = shm.block_segment_name(self.name, block.name)
                 made.append(Segment.create(name, block.size, reserve=reserve))
             bits = sum(-(-block.pages // 64) * 64 for block in geometry.blocks)
@@ -203,6 +208,8 @@ class GuestMemory:
 
     def unlink(self) -> None:
         """Removes all names; mappings live on."""
+        if self.backends is not None:
+            self.backends.unlink()
         for segment in (*self.blocks, self._bitmap_segment, self.pool, self._control_segment):
             if segment is not None:
                 segment.unlink()
@@ -221,6 +228,8 @@ class GuestMemory:
             self.requested.release()
             self.written.release()
             self._bitmap_segment.close()
+        if self.backends is not None:
+            self.backends.close()
         for segment in (*self.blocks, self.pool, self._control_segment):
             with contextlib.suppress(BufferError):
                 segment.close()

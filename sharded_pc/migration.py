@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from sharded_pc import host
 from sharded_pc.attach.server import AttachServer
 from sharded_pc.awaited import unpunched
+from sharded_pc.backend_segments import BackendSegments
 from sharded_pc.connection import Connection
 from sharded_pc.connections import Connections
 from sharded_pc.ending import Ending
@@ -139,20 +140,38 @@ class Migration:
 
     @from_stream
     async def define(self, blocks: tuple[RamBlock, ...]) -> None:
-        geometry = Geometry.of(blocks, self._settings.workers, self._settings.stripe_bytes)
-        host.require_memory(geometry.total)
-        await _make_memory(self._memory, self._settings, geometry)
+        if self.destination is not None:
+            await self._define_for(self.destination, blocks)
+        else:
+            geometry = Geometry.of(blocks, self._settings.workers, self._settings.stripe_bytes)
+            host.require_memory(geometry.total)
+            await _make_memory(self._memory, self._settings, geometry)
         self._use_blocks()
         self._start_populating()
         await self._shards.tell("geometry")
         if self.attach is not None:
+            assert self._memory.geometry is not None
+            await self.attach.guests.admit_reserved(self._memory.geometry)
             self.attach.geometry_known()
         if self.destination is not None:
-            # Nothing more is read before it is up: a destination that cannot run ends the migration
-            # while the source's guest still can, even if the source is told to switch at once.
+            # Nothing more is read before it is known to fit: a destination that cannot run ends the
+            # migration while the source's guest still can, even if the source is told to switch at
+            # once.
             assert self.connections.current is not None
-            await self.connections.current.ending.unless_over(self.destination.start(self._machine))
-            self.watch()
+            fitting = self.destination.await_stream(self._machine)
+            await self.connections.current.ending.unless_over(fitting)
+
+    async def _define_for(self, destination: QemuDestination, blocks: Sequence[RamBlock]) -> None:
+        """The memory of a QEMU that is up: its backends' segments, then what else there is."""
+        backends = self._memory.backends
+        assert backends is not None
+        found = destination.match(blocks)
+        geometry = backends.whole(found, blocks)
+        host.require_memory(geometry.total - backends.geometry.total)
+        await asyncio.to_thread(
+            self._memory.define, geometry, backends.placement, backends.placement_reason,
+            reserve=self._settings.reserve, first=backends.hand_over(found),
+        )  # fmt: skip
 
     def _use_blocks(self) -> None:
         for index, block in enumerate(self._memory.blocks):
@@ -161,6 +180,20 @@ class Migration:
     def _start_populating(self) -> None:
         if self._memory.placement is Placement.CONTINUE:
             self._populator.start()
+
+    async def start_destination(self) -> None:
+        """Before a source comes: memory for its backends, then QEMU itself.  HostError, UsageError,
+        QemuFailed."""
+        settings = self._settings
+        assert self.destination is not None
+        own = Geometry.of(self.destination.backends(), settings.workers, settings.stripe_bytes)
+        host.require_memory(own.total)
+        placement = _choose_placement(settings, own.total)
+        self._memory.backends = await asyncio.to_thread(
+            BackendSegments.make, self._memory.name, own, placement, reserve=settings.reserve
+        )
+        await self._ending.unless_over(self.destination.start())
+        self.watch()
 
     async def give_channel(self, number: int, fd: int) -> int:
         return await self._shards.give_channel(number, fd)
@@ -241,10 +274,13 @@ class Migration:
 
 
 async def _make_memory(memory: GuestMemory, settings: Settings, geometry: Geometry) -> None:
-    """HostError."""
-    reserve = settings.reserve
-    placement, reason = host.choose_placement(settings.placement, geometry.total)
+    placement, reason = _choose_placement(settings, geometry.total)
+    await asyncio.to_thread(memory.define, geometry, placement, reason, reserve=settings.reserve)
+
+
+def _choose_placement(settings: Settings, total: int) -> tuple[Placement, str]:
+    placement, reason = host.choose_placement(settings.placement, total)
     log.info("placement %s: %s", placement, reason)
-    if reserve and placement is Placement.COPY:
+    if settings.reserve and placement is Placement.COPY:
         raise HostError(f"--reserve needs placement continue: {reason}")
-    await asyncio.to_thread(memory.define, geometry, placement, reason, reserve=reserve)
+    return placement, reason

@@ -32,7 +32,7 @@ class Destination(QemuVm):
     """what stands in front of it: a shell, `nice`"""
 
     def start(self) -> Destination:
-        """Connects to its QMP; it is there once the source has told its blocks."""
+        """Connects to its QMP."""
         self.wait_until(self._connect, "the destination's QMP")
         return self
 
@@ -118,6 +118,14 @@ class Runner(Receiver):
         """Its figures at this moment, as another process sees them."""
         with ReceiverView(self.name) as view:
             return view.info()
+
+    def spawn(self) -> None:
+        """Starts it and waits for nothing."""
+        writing = os.open(os.devnull, os.O_WRONLY)
+        try:
+            self._spawn(writing)
+        finally:
+            os.close(writing)
 
     def run_to_end(self, timeout: float = END_S) -> Outcome:
         """For a command that is to fail before a source may connect."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -18,24 +19,36 @@ TWINS = (RamBlock("left", 128 * MIB), RamBlock("right", 128 * MIB), *ROMS)
 QEMU = "qemu-system-x86_64"
 
 
-def plan(text: str, blocks=ONE, qemu: str = QEMU) -> qemu_args.Plan:
-    paths = {block.name: f"/dev/shm/g.{block.name}" for block in blocks}
-    return qemu_args.plan([*qemu.split(), *text.split()], blocks, paths)
+@dataclasses.dataclass
+class Made:
+    """What becomes of a command line: at once, and when the source's blocks are known."""
+
+    arguments: tuple[str, ...]
+    backends: tuple[qemu_args.Backend, ...]
 
 
-def backend(id_: str, mib: int, block: str | None = None, more: str = "") -> str:
-    path = f"/dev/shm/g.{block or id_}"
+def plan(text: str, blocks=ONE, qemu: str = QEMU) -> Made:
+    words = [*qemu.split(), *text.split()]
+    own = qemu_args.backends(words)
+    found = qemu_args.match(words, blocks)
+    assert [(each.id, each.block.size) for each in found] == [(o.name, o.size) for o in own]
+    paths = {each.name: f"/dev/shm/g.{each.name}" for each in own}
+    return Made(qemu_args.plan(words, paths), found)
+
+
+def backend(id_: str, mib: int, more: str = "") -> str:
+    path = f"/dev/shm/g.{id_}"
     return (
         f"memory-backend-file,id={id_},size={mib * MIB}B,mem-path={path},align=2097152B,share=on,"
         f"x-use-canonical-path-for-ramblock-id=off{more}"
     )
 
 
-def pairs(made: qemu_args.Plan) -> list[tuple[str, str]]:
+def pairs(made: Made) -> list[tuple[str, str]]:
     return [(backend.id, backend.block.name) for backend in made.backends]
 
 
-def objects(made: qemu_args.Plan) -> list[str]:
+def objects(made: Made) -> list[str]:
     words = made.arguments
     return [words[at + 1] for at, word in enumerate(words) if word == "-object"]
 
@@ -96,7 +109,7 @@ class TestMainRam:
     )
     def test_a_named_backend_is_replaced_and_keeps_its_name(self, object_, machine):
         made = plan(f"{machine} -m 256 -object {object_}")
-        assert objects(made) == [backend("mem", 256, "pc.ram")]
+        assert objects(made) == [backend("mem", 256)]
         assert pairs(made) == [("mem", "pc.ram")]
 
     @pytest.mark.parametrize(
@@ -204,16 +217,26 @@ class TestMatching:
         )
         assert pairs(made) == [("a", "ram1"), ("b", "ram0")]
 
-    def test_plain_memory_takes_the_name_of_the_source(self):
+    @pytest.mark.parametrize(
+        ("machine", "id_"), [("pc", "pc.ram"), ("q35", "pc.ram"), ("microvm", "microvm.ram")]
+    )
+    def test_plain_memory_has_the_machines_name(self, machine, id_):
+        """It is given before the source says how it calls its own."""
         blocks = (RamBlock("mem0", 256 * MIB), *ROMS)
-        made = plan("-m 256", blocks)
-        assert pairs(made) == [("mem0", "mem0")]
-        assert made.arguments[-3] == "memory-backend=mem0"
+        made = plan(f"-M {machine} -m 256", blocks)
+        assert pairs(made) == [(id_, "mem0")]
+        assert made.arguments[-3] == f"memory-backend={id_}"
+        assert objects(made) == [backend(id_, 256)]
+
+    def test_plain_memory_is_rounded_as_qemu_does(self):
+        """parse_memory_options: to 8 KiB."""
+        (own,) = qemu_args.backends([QEMU, "-m", "262145k"])
+        assert own.size == 256 * MIB + 8192
 
     @pytest.mark.parametrize(
         ("text", "id_"),
         [
-            ("-m 256", "mem0"),
+            ("-m 256", "pc.ram"),
             ("-object memory-backend-ram,id=mem0,size=256M -machine memory-backend=mem0", "mem0"),
             ("-object memory-backend-ram,id=mem,size=256M -machine memory-backend=mem", "mem"),
         ],
@@ -222,18 +245,18 @@ class TestMatching:
         """Machine types before 4.0 with a file or memfd backend."""
         made = plan(text, (RamBlock("/objects/mem0", 256 * MIB), *ROMS))
         assert pairs(made) == [(id_, "/objects/mem0")]
-        assert objects(made) == [backend(id_, 256, "/objects/mem0")]
+        assert objects(made) == [backend(id_, 256)]
 
     def test_a_device_of_the_same_size_is_no_ram(self):
         blocks = (RamBlock("0000:00:02.0/vga.vram", 16 * MIB), RamBlock("mem", 16 * MIB), *ROMS)
-        assert pairs(plan("-m 16", blocks)) == [("mem", "mem")]
+        assert pairs(plan("-m 16", blocks)) == [("pc.ram", "mem")]
 
     def test_a_block_of_a_private_backend_is_not_taken(self):
         blocks = (RamBlock("nv", 64 * MIB), RamBlock("mem", 64 * MIB), *ROMS)
         made = plan(
             "-m 64 -object memory-backend-ram,id=nv,size=64M -device nvdimm,memdev=nv", blocks
         )
-        assert pairs(made) == [("mem", "mem")]
+        assert pairs(made) == [("pc.ram", "mem")]
 
     def test_the_right_name_and_another_size(self):
         said = refusal(
@@ -346,7 +369,7 @@ class TestProperties:
             f"-machine memory-backend=m -object memory-backend-ram,id=m,{kept},size=256M,"
             "prealloc=off,prealloc-threads=4,align=1G,share=off"
         )
-        assert objects(made) == [backend("m", 256, "pc.ram", f",{kept}")]
+        assert objects(made) == [backend("m", 256, f",{kept}")]
 
     def test_kept_in_json(self):
         given = {
@@ -358,7 +381,7 @@ class TestProperties:
         (word,) = objects(made)
         assert json.loads(word) == {
             "qom-type": "memory-backend-file", "id": "m", "size": 256 * MIB,
-            "mem-path": "/dev/shm/g.pc.ram", "align": 2 * MIB, "share": True,
+            "mem-path": "/dev/shm/g.m", "align": 2 * MIB, "share": True,
             "x-use-canonical-path-for-ramblock-id": False,
             "host-nodes": [0, 1], "policy": "bind", "dump": False,
         }  # fmt: skip
@@ -371,7 +394,7 @@ class TestProperties:
             f"-machine memory-backend=m -object memory-backend-file,mem-path=/f,id=m,size=256M,"
             f"{given}"
         )
-        assert objects(made) == [backend("m", 256, "pc.ram")]
+        assert objects(made) == [backend("m", 256)]
 
     @pytest.mark.parametrize(
         ("given", "says"),

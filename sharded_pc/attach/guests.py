@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 from sharded_pc.attach import protocol
 from sharded_pc.attach.mappings import check_mapped
+from sharded_pc.backend_segments import BackendSegments
 from sharded_pc.errors import AttachError, HostError, ShardError
 from sharded_pc.geometry import Geometry
 from sharded_pc.memory import GuestMemory
 from sharded_pc.native.control import MAX_GUESTS
 from sharded_pc.processes import is_alive
+from sharded_pc.shm import Segment
 from sharded_pc.transport import fds
 from sharded_pc.transport.peers import peer_of
 
@@ -32,6 +35,15 @@ USERFAULTFD = "anon_inode:[userfaultfd]"
 BACK_SECONDS = 10.0
 """For a dead receiver's guests to attach again; they try some times in a second."""
 LOOK_SECONDS = 0.02
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Reserved:
+    """What a destination has handed over before the block list."""
+
+    uffds: list[int]
+    addresses: list[int]
+    mode: str
 
 
 class AttachedGuests:
@@ -50,6 +62,8 @@ class AttachedGuests:
         self.last_word: dict | None = None
         """how it ended for all of them"""
         self._guests: dict[int, socket.socket] = {}
+        self._reserved: dict[int, _Reserved] = {}
+        """slots whose guest the workers do not know yet"""
         self._broken: dict[int, str] = {}
         """what a worker said of a guest that is not admitted yet"""
         self._pids: set[int] = set()
@@ -124,17 +138,7 @@ class AttachedGuests:
         mode: str,
     ) -> int:
         try:
-            if len(uffds) != ram.shards:
-                raise AttachError(
-                    f"{len(uffds)} userfaultfds handed over, expected one for each of "
-                    f"{ram.shards} shards"
-                )
-            _check_uffds(uffds)
-            check_mapped(peer_of(client).pid, self._memory.blocks, addresses)
-            if not self._free:
-                raise AttachError(f"{MAX_GUESTS} guests are attached already; close one first")
-            slot = self._free.pop(0)
-            self._broken.pop(slot, None)
+            slot = self._take_slot(client, uffds, ram.shards, self._memory.blocks, addresses)
             try:
                 await self._add(slot, addresses, protocol.MODES[mode], uffds)
             except (ShardError, HostError, OSError) as error:
@@ -142,29 +146,95 @@ class AttachedGuests:
                 self._free.append(slot)
                 raise AttachError(str(error)) from None
         finally:
-            for fd in uffds:
-                os.close(fd)
-        self._guests[slot] = client
-        self._pids.add(peer_of(client).pid)
-        self._memory.control.note_guest(slot, peer_of(client).pid)
-        tell(client, {"attached": {"guest": slot}})
+            _close(uffds)
+        self._enter(slot, client)
         if slot in self._broken:
             self.broken(slot, self._broken.pop(slot))
         if self.last_word is not None:
             await self.forget(slot, release="desc" not in self.last_word)
         return slot
 
+    def _take_slot(
+        self,
+        client: socket.socket,
+        uffds: list[int],
+        shards: int,
+        segments: Sequence[Segment],
+        addresses: list[int],
+    ) -> int:
+        """AttachError unless this can be a guest."""
+        if len(uffds) != shards:
+            raise AttachError(
+                f"{len(uffds)} userfaultfds handed over, expected one for each of {shards} shards"
+            )
+        _check_uffds(uffds)
+        check_mapped(peer_of(client).pid, segments, addresses)
+        if not self._free:
+            raise AttachError(f"{MAX_GUESTS} guests are attached already; close one first")
+        slot = self._free.pop(0)
+        self._broken.pop(slot, None)
+        return slot
+
+    def _enter(self, slot: int, client: socket.socket) -> None:
+        self._guests[slot] = client
+        self._pids.add(peer_of(client).pid)
+        self._memory.control.note_guest(slot, peer_of(client).pid)
+        tell(client, {"attached": {"guest": slot}})
+
+    def reserve(
+        self,
+        client: socket.socket,
+        uffds: list[int],
+        backends: BackendSegments,
+        addresses: list[int],
+        mode: str,
+    ) -> int:
+        """As admit(), of a destination that comes before the block list: what the workers are told
+        of it waits for admit_reserved().  AttachError."""
+        shards, segments = backends.geometry.shards, backends.segments
+        try:
+            slot = self._take_slot(client, uffds, shards, segments, addresses)
+        except BaseException:
+            _close(uffds)
+            raise
+        self._reserved[slot] = _Reserved(uffds, addresses, mode)
+        self._enter(slot, client)
+        return slot
+
+    async def admit_reserved(self, ram: Geometry) -> None:
+        """The geometry is known, and the workers have it; AttachError."""
+        async with self._admission:
+            for slot, guest in list(self._reserved.items()):
+                rest = [0] * (len(ram.blocks) - len(guest.addresses))
+                mode = protocol.MODES[guest.mode]
+                try:
+                    await self._add(slot, guest.addresses + rest, mode, guest.uffds)
+                except (ShardError, HostError, OSError) as error:
+                    raise AttachError(str(error)) from None
+                self._drop_reserved(slot)
+
+    def _drop_reserved(self, slot: int) -> None:
+        guest = self._reserved.pop(slot, None)
+        if guest is not None:
+            _close(guest.uffds)
+
     async def forget(self, slot: int, *, release: bool) -> None:
         """The workers forget it, and it is told how it ended, if it has."""
         client = self._guests.pop(slot, None)
         if client is None:
             return
+        self._drop_reserved(slot)
         with contextlib.suppress(ShardError):
             await self._drop(slot, release)
         if self.last_word is not None:
             tell(client, self.last_word)
         self._free.append(slot)
         self._memory.control.note_guest(slot, 0)
+
+
+def _close(fds_: list[int]) -> None:
+    for fd in fds_:
+        os.close(fd)
 
 
 def _ancestry(pid: int) -> Iterator[int]:

@@ -4,7 +4,8 @@
 who   says                                                     with
 ====  =======================================================  ===========================
 C     {"attach": {"version": 1,
-      "modes": ["missing", "missing+minor"]}}
+      "modes": ["missing", "missing+minor"],
+      ["early": true]}}
 R     {"geometry": {"version", "name", "mode", "stripe-size",  one memory descriptor for
       "shards", "blocks": [{"name", "size", "page-size",       each block, in order
       "first-stripe"}]}}
@@ -16,16 +17,18 @@ R     {"event": "COMPLETED", ["huge-pages": true]}             all is here, noth
                                                                the RAM stands on huge pages
 ====  =======================================================  ===========================
 
-The geometry comes once the source has sent its block list; READY once faults are answered (or the
-migration has completed).  Stripe s of a block, counted from its "first-stripe", belongs to shard
-``s % shards``; the client registers each shard's stripes with that shard's userfaultfd in "mode"
-and keeps its own copy of each: if all copies of a userfaultfd closed, the kernel would wake waiters
-and they would read zeros.  "mode" is null when everything has arrived: then there is nothing to
-register and the client answers with no descriptors.  "mode" is "missing+minor" where pages are
-received straight into the memory ("continue" placement): what stands there may be touched only
-through a mapping that is registered so, and the client must not touch its mapping before.  Instead
-of any answer the receiver may say {"error": {"desc": TEXT}} and close.  {"event": "FAILED", "desc":
-TEXT} after READY means that missing pages will not come from this receiver: accesses to them wait.
+The geometry comes once the source has sent its block list, to a destination QEMU ("early") as soon
+as there are segments for its memory backends: then these alone, under their ids.  READY once faults
+are answered (or the migration has completed).  Stripe s of a block, counted from its "first-
+stripe", belongs to shard ``s % shards``; the client registers each shard's stripes with that
+shard's userfaultfd in "mode" and keeps its own copy of each: if all copies of a userfaultfd closed,
+the kernel would wake waiters and they would read zeros.  "mode" is null when everything has
+arrived: then there is nothing to register and the client answers with no descriptors.  "mode" is
+"missing+minor" where pages are received straight into the memory ("continue" placement): what
+stands there may be touched only through a mapping that is registered so, and the client must not
+touch its mapping before.  Instead of any answer the receiver may say {"error": {"desc": TEXT}} and
+close.  {"event": "FAILED", "desc": TEXT} after READY means that missing pages will not come from
+this receiver: accesses to them wait.
 
 If the socket closes before COMPLETED, another receiver may take this one's place on the same memory
 and the same path.  The client connects there again, with pauses, and hands the same userfaultfds
@@ -101,6 +104,11 @@ def _body(message: object, key: str) -> dict:
     if not isinstance(body, dict):
         raise AttachError(f"expected {{{key!r}: {{...}}}}, got {str(message)[:80]}")
     return body
+
+
+def is_early(message: object) -> bool:
+    """Whether a checked "attach" is of a destination that needs no more than its backends."""
+    return _body(message, "attach").get("early") is True
 
 
 def check_attach(message: object) -> list:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from sharded_pc.attach import protocol
 from sharded_pc.attach.guests import AttachedGuests, tell
+from sharded_pc.backend_segments import BackendSegments
 from sharded_pc.errors import AttachError, ShardedPcError
 from sharded_pc.geometry import Geometry
 from sharded_pc.memory import GuestMemory
@@ -113,9 +114,14 @@ class AttachServer:
             client.close()
 
     async def _talk(self, client: socket.socket, inbox: fds.Inbox) -> None:
-        modes = protocol.check_attach(await self._message(client, inbox))
+        message = await self._message(client, inbox)
+        modes = protocol.check_attach(message)
         if inbox.fds:  # they would be held until a source comes
             raise AttachError(f"{len(inbox.fds)} descriptors came before they were asked for")
+        backends = self._memory.backends
+        if protocol.is_early(message) and backends is not None and not self._geometry.is_set():
+            await self._serve_destination(client, inbox, backends, modes)
+            return
         gone = asyncio.create_task(_end_of(client))
         try:
             if not await _first(self._geometry.wait(), gone):
@@ -135,6 +141,21 @@ class AttachServer:
             tell(client, last_word)
             return
         await self._serve_guest(client, inbox, ram, addresses, mode)
+
+    async def _serve_destination(
+        self, client: socket.socket, inbox: fds.Inbox, backends: BackendSegments, modes: list
+    ) -> None:
+        """Before the block list: it registers its backends, and the workers are told later
+        (admit_destination)."""
+        ram, mode = backends.geometry, protocol.choose_mode(backends.placement, modes)
+        offer = protocol.geometry(self._memory.name, ram, mode)
+        fds.send(client, offer, [segment.fd for segment in backends.segments])
+        addresses = protocol.check_mappings(await self._message(client, inbox), ram)
+        slot = self.guests.reserve(client, inbox.take_fds(), backends, addresses, mode)
+        try:
+            await self._follow(client, slot)
+        finally:
+            await asyncio.shield(self.guests.forget(slot, release=False))
 
     async def _message(self, client: socket.socket, inbox: fds.Inbox) -> object:
         message = fds.receive_message_async(client, inbox)

@@ -238,8 +238,8 @@ class Session:
         """Receives; then `afterwards(session)` gives the exit code of a migration that has
         completed."""
         try:
+            self.signals.call(self.coordinator.quit)
             async with self._manager, self.coordinator:
-                self.signals.call(self.coordinator.quit)
                 info = await self._outcome()
                 self._report(info)
                 if self.coordinator.error is None:

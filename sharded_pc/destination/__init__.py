@@ -1,8 +1,9 @@
 """A stock QEMU that goes on with the source's guest on our shared memory.
 
-It is started when the source's blocks are known, with the preload library that hands its
-userfaultfds over as it maps the segments; when the source's device state is here it is fed a
-synthetic precopy stream (wire/resume.py) and runs.
+It is started before anything is known of the source, on segments made from its command line, with
+the preload library that hands its userfaultfds over as it maps them; when the source's blocks are
+known they are compared, and when its device state is here QEMU is fed a synthetic precopy stream
+(wire/resume.py) and runs.
 
 ``blocks`` is pure; ``monitor``, ``process`` and ``stream`` each know one way of dealing with QEMU;
 here they are put together.
@@ -25,7 +26,6 @@ from sharded_pc.destination.stream import ResumeStream
 from sharded_pc.errors import HostError
 from sharded_pc.geometry import RamBlock
 from sharded_pc.memory import GuestMemory
-from sharded_pc.shm import ROOT
 
 __all__ = ["QemuDestination", "QemuFailed", "check"]
 
@@ -74,7 +74,8 @@ class QemuDestination:
         self._ask = ask
         self._attached = attached
         self._stdout = stdout
-        self._plan: qemu_args.Plan | None = None
+        self._backends: tuple[qemu_args.Backend, ...] = ()
+        """known with the source's blocks"""
         self._process: QemuProcess | None = None
         self._monitor = Monitor()
         self._names: list[tuple[RamBlock, int]] = []
@@ -83,25 +84,37 @@ class QemuDestination:
 
     # Starting
 
-    async def start(self, machine: str) -> None:
-        """Starts QEMU on the segments and waits until it has mapped them and was found to fit the
-        source; HostError, UsageError, QemuFailed.  `machine`: the source's machine type, "" if
-        unknown."""
-        ram = self._memory.geometry
-        assert ram is not None
-        paths = {
-            block.name: str(ROOT / segment.name.lstrip("/"))
-            for block, segment in zip(ram.blocks, self._memory.blocks, strict=True)
-        }
-        self._plan = qemu_args.plan(self._arguments, ram.blocks, paths)
-        shared = [paths[backend.block.name] for backend in self._plan.backends]
-        added = environment(self._attach_path, shared, timeout=START_SECONDS, bound=True)
-        arguments = [*self._plan.arguments, "-qmp", f"unix:{self._monitor_path},server=on,wait=off"]
+    def backends(self) -> tuple[RamBlock, ...]:
+        """What becomes segments, by their ids; UsageError."""
+        return qemu_args.backends(self._arguments)
+
+    async def start(self) -> None:
+        """Starts QEMU on the segments of its backends (`memory.backends`) and waits until it has
+        mapped them; HostError, UsageError, QemuFailed."""
+        assert self._memory.backends is not None
+        paths = self._memory.backends.paths
+        words = qemu_args.plan(self._arguments, paths)
+        added = environment(
+            self._attach_path, list(paths.values()), timeout=START_SECONDS, bound=True
+        )
+        arguments = [*words, "-qmp", f"unix:{self._monitor_path},server=on,wait=off"]
         process = self._process = await QemuProcess.start(arguments, added, self._stdout)
         connecting = self._monitor.connect(self._monitor_path)
         await process.unless_exited(connecting, START_SECONDS, "open its monitor")
         self._check_attached(process)
-        await process.unless_exited(self._prepare(machine), START_SECONDS, "wait for the stream")
+
+    def match(self, blocks: Sequence[RamBlock]) -> list[RamBlock]:
+        """Those of the source's blocks that the backends stand for, in the backends' order;
+        UsageError."""
+        self._backends = qemu_args.match(self._arguments, blocks)
+        return [backend.block for backend in self._backends]
+
+    async def await_stream(self, machine: str) -> None:
+        """The geometry is known: QEMU is found to fit the source, and waits for its stream;
+        UsageError, QemuFailed.  `machine`: the source's machine type, "" if unknown."""
+        assert self._process is not None
+        preparing = self._prepare(machine)
+        await self._process.unless_exited(preparing, START_SECONDS, "wait for the stream")
 
     def _check_attached(self, process: QemuProcess) -> None:
         pid = self._attached(process.pid)
@@ -113,17 +126,16 @@ class QemuDestination:
         process.found(pid)
 
     async def _prepare(self, machine: str) -> None:
-        assert self._plan is not None
         monitor = self._monitor
         await monitor.check_machine(machine)
         await monitor.check_private(block.name for _, block in self._private())
-        self._names = await self._named_blocks(self._plan)
+        self._names = await self._named_blocks()
         await monitor.check_blocks(block for block, _ in self._names)
         await monitor.listen_for_stream(self._stream_path)
 
-    async def _named_blocks(self, plan: qemu_args.Plan) -> list[tuple[RamBlock, int]]:
+    async def _named_blocks(self) -> list[tuple[RamBlock, int]]:
         assert self._memory.geometry is not None
-        ids = {backend.block.name: backend.id for backend in plan.backends}
+        ids = {backend.block.name: backend.id for backend in self._backends}
         out = []
         for block in self._memory.geometry.blocks:
             id_ = ids.get(block.name)
@@ -167,8 +179,8 @@ class QemuDestination:
 
     def _private(self) -> list[tuple[int, RamBlock]]:
         """Blocks that QEMU keeps in memory of its own, with their index."""
-        assert self._plan is not None and self._memory.geometry is not None
-        shared = {backend.block.name for backend in self._plan.backends}
+        assert self._memory.geometry is not None
+        shared = {backend.block.name for backend in self._backends}
         blocks = enumerate(self._memory.geometry.blocks)
         return [(index, block) for index, block in blocks if block.name not in shared]
 

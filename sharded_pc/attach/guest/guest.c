@@ -12,8 +12,11 @@
 
 enum { PAGE_BYTES = 4096, ADDRESS_ROOM = 32, SAY_MS = 100 };
 
-static const char ATTACH[] = "{\"attach\": {\"version\": 1, \"modes\": "
-                             "[\"missing\", \"missing+minor\"]}}\n";
+#define ATTACH "{\"attach\": {\"version\": 1, \"modes\": [\"missing\", \"missing+minor\"]"
+
+static const char HELLO[] = ATTACH "}}\n";
+/* A destination maps its memory backends before anything is known of the source. */
+static const char EARLY[] = ATTACH ", \"early\": true}}\n";
 
 void sp_say(const char *who, const char *format, ...)
 {
@@ -130,7 +133,8 @@ int sp_guest_open(sp_guest *guest, uint64_t deadline, sp_trouble *trouble)
 {
     if (sp_channel_open(&guest->channel, guest->socket_path, deadline, trouble))
         return -1;
-    return sp_channel_send(&guest->channel, ATTACH, sizeof ATTACH - 1, NULL, 0, deadline, trouble);
+    const char *hello = guest->bound ? EARLY : HELLO;
+    return sp_channel_send(&guest->channel, hello, strlen(hello), NULL, 0, deadline, trouble);
 }
 
 int sp_guest_join(sp_guest *guest, const sp_message *geometry, uint64_t deadline,

@@ -19,8 +19,10 @@
 #include <assert.h>
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <pthread.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -267,6 +269,42 @@ static void *map(void *addr, size_t len, int prot, int flags, int fd, off_t offs
         atomic_store(&watching, 0);
     pthread_mutex_unlock(&lock);
     return (void *)at;
+}
+
+/* QEMU makes a backend's file where it finds none, and would run on it: its receiver is gone. */
+static int open_file(const char *path, int flags, mode_t mode)
+{
+    if ((flags & O_CREAT) && atomic_load_explicit(&watching, memory_order_acquire)) {
+        pthread_mutex_lock(&lock);
+        for (unsigned i = 0; !handed_over && i < guest.memory.n_segments; i++)
+            if (strcmp(guest.memory.segments[i].path, path) == 0)
+                die(path, "is not there any more: the receiver is gone");
+        pthread_mutex_unlock(&lock);
+    }
+    return (int)syscall(SYS_openat, AT_FDCWD, path, flags, mode);
+}
+
+static mode_t mode_of(int flags, va_list args)
+{
+    return flags & (O_CREAT | __O_TMPFILE) ? va_arg(args, mode_t) : 0;
+}
+
+EXPORT int open(const char *path, int flags, ...)
+{
+    va_list args;
+    va_start(args, flags);
+    mode_t mode = mode_of(flags, args);
+    va_end(args);
+    return open_file(path, flags, mode);
+}
+
+EXPORT int open64(const char *path, int flags, ...)
+{
+    va_list args;
+    va_start(args, flags);
+    mode_t mode = mode_of(flags, args);
+    va_end(args);
+    return open_file(path, flags, mode);
 }
 
 EXPORT void *mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
