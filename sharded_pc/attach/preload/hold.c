@@ -12,6 +12,7 @@
  */
 #define _GNU_SOURCE
 #include "hold.h"
+#include "monitor.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -165,5 +166,5 @@ EXPORT ssize_t sendmsg(int sock, const struct msghdr *msg, int flags)
         errno = EPERM;
         return -1;
     }
-    return syscall(SYS_sendmsg, sock, msg, flags);
+    return sp_monitor_sendmsg(sock, msg, flags);
 }

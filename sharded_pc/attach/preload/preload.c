@@ -5,6 +5,7 @@
  *                              paths, or names in /dev/shm
  *   SHARDED_PC_ATTACH_TIMEOUT  seconds for the hand-over, 30 unless given
  *   SHARDED_PC_BOUND           set: ends with its receiver until memory may be touched
+ *   SHARDED_PC_MONITOR[_RELAY] monitor.h
  *
  * The variables stay until the segments are mapped, so that a shell or `nice` may stand in front.
  *
@@ -33,6 +34,7 @@
 #include <unistd.h>
 
 #include "hold.h"
+#include "monitor.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -142,6 +144,7 @@ static void leave_environment(void)
     unsetenv("SHARDED_PC_SEGMENTS");
     unsetenv("SHARDED_PC_ATTACH_TIMEOUT");
     unsetenv("SHARDED_PC_BOUND");
+    sp_monitor_leave_environment();
 }
 
 __attribute__((constructor)) static void start(void)
@@ -157,6 +160,9 @@ __attribute__((constructor)) static void start(void)
     guest.socket_path = strdup(path);
     sp_channel_init(&guest.channel, 0); /* its thread ends with the process */
     add_segments(list);
+    const char *wrong = sp_monitor_configure();
+    if (wrong)
+        die("SHARDED_PC_MONITOR", wrong);
     owner = getpid();
     sp_hold_watch(&guest);
     atomic_store(&watching, 1);
@@ -215,6 +221,9 @@ static void hand_over(void)
     }
     handed_over = 1;
     leave_environment();
+    int rc = sp_monitor_start();
+    if (rc)
+        die("monitor", strerror(-rc));
     if (!atomic_load(&guest.completed) && sp_guest_follow(&guest, &trouble))
         die("attach", trouble.text);
 }
