@@ -79,7 +79,15 @@ class FileAddress:
         return f"file:{self.path}" + (f",offset={self.offset}" if self.offset else "")
 
 
-Address = TcpAddress | UnixAddress | FdAddress | ExecAddress | FileAddress
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeferAddress:
+    """Told later, by migrate-incoming."""
+
+    def __str__(self) -> str:
+        return "defer"
+
+
+Address = TcpAddress | UnixAddress | FdAddress | ExecAddress | FileAddress | DeferAddress
 
 
 def is_loopback(host: str) -> bool:
@@ -177,6 +185,8 @@ _KINDS = {"tcp": _tcp, "unix": _unix, "fd": _fd, "exec": _exec, "file": _file}
 def parse(text: str) -> Address:
     """`text` as one of the addresses above; UsageError names what was expected."""
     kind, colon, rest = text.partition(":")
+    if text == "defer":
+        return DeferAddress()
     if not colon or kind not in _KINDS:
         raise UsageError(f"address {text!r}: expected {GRAMMAR}")
     return _KINDS[kind](rest)

@@ -120,6 +120,11 @@ class Connections:
         """`migrate-recover`; UsageError, HostError."""
         self._recovery.recover(uri)
 
+    @property
+    def awaited_at(self) -> Address | None:
+        """Where the source of a paused migration may come again."""
+        return self._recovery.address
+
     def pause(self) -> None:
         """`migrate-pause`; UsageError."""
         active = (MigrationStatus.POSTCOPY_ACTIVE, MigrationStatus.POSTCOPY_RECOVER)

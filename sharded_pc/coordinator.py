@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharded_pc import host, runtime_folder
-from sharded_pc.address import Address, parse
+from sharded_pc.address import Address, DeferAddress, parse
 from sharded_pc.attach.server import AttachServer
 from sharded_pc.ending import Ending
 from sharded_pc.entrance import Entrance
@@ -40,6 +40,7 @@ from sharded_pc.tenure import Tenure
 
 if TYPE_CHECKING:
     from sharded_pc.destination import QemuDestination
+    from sharded_pc.destination.management import Management
     from sharded_pc.transport.tls.credentials import Credentials
     from sharded_pc.transport.tls.door import Door
 
@@ -71,6 +72,7 @@ class Coordinator:
         self.shards: Shards
         self.migration: Migration
         self._qmp: QmpServer | None = None
+        self.management: Management | None = None
         self._door: Door | None = None
         self.error: ShardedPcError | None = None
         self.resumes = False
@@ -133,11 +135,18 @@ class Coordinator:
         self._door.start()
 
     def _expect_source(self) -> None:
-        self.memory.control.status = MigrationStatus.SETUP
-        if self.settings.qemu:
-            _check_destination(self.settings.qemu)
-        self._entrance = Entrance(self.settings, self._door)
+        settings = self.settings
+        if settings.qemu:
+            _check_destination(settings.qemu)
+        self._entrance = Entrance(settings, self._door, self._opened)
         self._exit.callback(self._entrance.close)
+        if not isinstance(settings.incoming, DeferAddress):
+            self.memory.control.status = MigrationStatus.SETUP
+
+    def _opened(self) -> None:
+        """`migrate-incoming` has said where the source comes."""
+        self.memory.control.status = MigrationStatus.SETUP
+        self._tell_status(MigrationStatus.SETUP)
 
     async def _start_shards(self) -> None:
         count = self.memory.control.view.n_shards
@@ -162,9 +171,15 @@ class Coordinator:
         return [
             Command("query-migrate", self.info),
             Command("quit", self.quit),
+            Command("migrate-incoming", lambda uri: self._open(parse(uri)), {"uri": str}),
             Command("migrate-recover", lambda uri: connections.recover(parse(uri)), {"uri": str}),
             Command("migrate-pause", connections.pause),
         ]
+
+    def _open(self, uri: Address) -> None:
+        if self.resumes:
+            raise UsageError("The incoming migration has already been started")
+        self._entrance.open(uri)
 
     def _serve_guests(self, path: str) -> None:
         shards, patience = self.shards, self.settings.attach_step_seconds
@@ -180,6 +195,8 @@ class Coordinator:
         assert self.migration.attach is not None
         ask, attached = self.migration.connections.ask_again, self.migration.attach.guests.guest_of
         destination = _destination(self.settings, self.memory, ask, attached, self._exit)
+        if self.settings.monitor is not None:
+            await self._make_management(destination, self.settings.monitor)
         self._exit.push_async_callback(destination.end)
         self.migration.destination = destination
         if known is not None:
@@ -187,6 +204,26 @@ class Coordinator:
             self.migration.watch()
         else:
             await self.migration.start_destination()
+
+    async def _make_management(self, destination: QemuDestination, listener: str) -> None:
+        from sharded_pc.destination.management import Incoming, Management
+
+        connections = self.migration.connections
+        incoming = Incoming(
+            self._open, connections.recover, connections.pause, self._status, self._awaited_at
+        )
+        path = runtime_folder.runtime_path(self.settings.name, runtime_folder.RELAY)
+        self.management = Management(path, destination.monitor, incoming)
+        self._exit.push_async_callback(self.management.close)
+        destination.relay_monitor(listener, path)
+
+    def _status(self) -> tuple[MigrationStatus, str | None]:
+        error = self.error or self.migration.connections.paused_by
+        return self.memory.control.status, str(error) if error else None
+
+    def _awaited_at(self) -> Address | None:
+        where = self.migration.connections.awaited_at
+        return where if self.resumes or where is not None else self._entrance.address
 
     # The migration
 
@@ -223,6 +260,8 @@ class Coordinator:
         self.memory.control.status = status
         self._tell_status(status)
         await self.migration.close()
+        if self.management is not None and self.destination is not None:
+            await self.management.failed(self.destination.exited())
         if self.destination is not None:
             await self.destination.end()  # first: it has no use for the news
         if self.migration.attach is not None:
@@ -236,6 +275,8 @@ class Coordinator:
     async def retire(self) -> None:
         """The migration has completed: no worker and no attach socket is needed any more."""
         await self.migration.close()  # it would take the guest's end for a failure
+        if self.management is not None and self.destination is not None:
+            await self.management.leave(self.destination.exited())
         await self.shards.stop()
         if self.migration.attach is not None:
             await self.migration.attach.close()
@@ -252,6 +293,8 @@ class Coordinator:
     def _tell_status(self, status: MigrationStatus) -> None:
         if self._qmp is not None:
             self._qmp.event("MIGRATION", {"status": status.value})
+        if self.management is not None:
+            self.management.tell(status)
 
 
 def _check_destination(arguments: tuple[str, ...]) -> None:
@@ -268,6 +311,7 @@ def _destination(
     exit_: contextlib.AsyncExitStack,
 ) -> QemuDestination:
     from sharded_pc.destination import QemuDestination  # needs a QMP client, `receive` does not
+    from sharded_pc.destination.process import QemuProcess
 
     assert settings.attach is not None
     monitor, stream = (
@@ -278,7 +322,7 @@ def _destination(
         exit_.callback(path.unlink, missing_ok=True)
     return QemuDestination(
         settings.qemu, memory, (monitor, stream), settings.attach, ask, attached,
-        settings.qemu_stdout,
+        settings.launch or QemuProcess.start,
     )  # fmt: skip
 
 

@@ -86,3 +86,11 @@ class GuestLost(ShardedPcError):
 
 class Cancelled(ShardedPcError):
     """The source, or somebody here, gave the migration up before LISTENING."""
+
+
+class QmpError(Exception):
+    """An error reply: QMP's class and a text (docs/interop/qmp-spec.rst)."""
+
+    def __init__(self, text: str, kind: str = "GenericError") -> None:
+        super().__init__(text)
+        self.kind = kind

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sharded_pc.address import Address, FileAddress
+from sharded_pc.address import Address, DeferAddress, FileAddress
 from sharded_pc.ending import Ending
 from sharded_pc.errors import HostError, UsageError
 from sharded_pc.state import MigrationStatus
@@ -67,6 +67,8 @@ class Recovery:
         UsageError, HostError."""
         if not self._is_paused:
             raise UsageError("Migrate recover can only be run when postcopy is paused.")
+        if isinstance(uri, DeferAddress):
+            raise UsageError(f"{uri}: expected where the source comes")
         if isinstance(uri, FileAddress):
             raise UsageError(f"{uri}: a file has no way back to the source")
         was_awaited = self._listener is not None
@@ -80,6 +82,10 @@ class Recovery:
         self._new_listener.set()
         log.warning("the source may go on at %s", self._listener.address)
         self._tell(MigrationStatus.POSTCOPY_RECOVER_SETUP)
+
+    @property
+    def address(self) -> Address | None:
+        return None if self._listener is None else self._listener.address
 
     def close(self) -> None:
         """The source is not awaited any more."""

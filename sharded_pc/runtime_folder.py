@@ -22,7 +22,7 @@ from sharded_pc.shm import check_name
 
 ATTACH, CONTROL = "attach", "control"
 """Sockets of the receiver."""
-MONITOR, STREAM = "monitor", "stream"
+MONITOR, STREAM, RELAY = "monitor", "stream", "relay"
 """Sockets of a destination QEMU."""
 REMOVALS = 3
 MIGRATION = "migration"

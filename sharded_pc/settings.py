@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sharded_pc import runtime_folder
 from sharded_pc.address import Address
@@ -49,8 +50,10 @@ class Settings:
     """the guest is that of a QEMU which is ours to start and to watch"""
     qemu: tuple[str, ...] = ()
     """command line of a destination to resume; (): none"""
-    qemu_stdout: int | None = None
-    """descriptor that its standard output goes to; None: ours"""
+    launch: Callable[..., Awaitable[Any]] | None = None
+    """how it is started (destination.Launch); None: as a child"""
+    monitor: str | None = None
+    """the listening socket of its monitor, where somebody manages it: "fd:N" or a path"""
 
     @property
     def needs_folder(self) -> bool:

@@ -19,6 +19,7 @@ COMMANDS = {
     "check": "sharded_pc.cli.check:Check",
     "receive": "sharded_pc.cli.receive:Receive",
     "run": "sharded_pc.cli.run:Run",
+    "emulate": "sharded_pc.cli.emulate:Emulate",
     "status": "sharded_pc.cli.status:Status",
     "bench": "sharded_pc.cli.bench:Bench",
     "dump": "sharded_pc.cli.dump:Dump",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import functools
 import sys
 
 from sharded_pc.cli.receive import Session, add_receiver_arguments, settings_of
@@ -36,10 +37,13 @@ UNKNOWN = "sharded-pc: the adopted QEMU has ended; its exit code is not known, 0
 async def _run(args: argparse.Namespace) -> int:
     # The one JSON object has standard output for itself.
     stdout = sys.stderr.fileno() if args.json else None
-    settings = dataclasses.replace(
-        settings_of(args), runs=True, qemu=tuple(args.qemu), qemu_stdout=stdout
-    )
+    from sharded_pc.destination.process import QemuProcess
     from sharded_pc.qemu_args import check_arguments
+
+    launch = functools.partial(QemuProcess.start, stdout=stdout)
+    settings = dataclasses.replace(
+        settings_of(args), runs=True, qemu=tuple(args.qemu), launch=launch
+    )
 
     if settings.qemu or settings.incoming is not None:
         check_arguments(settings.qemu)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from sharded_pc import qemu_args
@@ -51,11 +51,15 @@ def check(arguments: Sequence[str]) -> None:
     library_path()
 
 
+Launch = Callable[[Sequence[str], Mapping[str, str]], Awaitable[QemuProcess]]
+"""How QEMU is started, with these arguments and this added to its environment; HostError."""
+
+
 class QemuDestination:
     """One destination.  `arguments` is the user's command line, program first; its monitor and the
     stream it is fed get the `sockets`.  `ask()` has the source asked for pages that are requested;
     `attached(pid)` answers which process, that one or a child of it, has handed its userfaultfds
-    over; QEMU's standard output goes to the descriptor `stdout`, to ours if None."""
+    over."""
 
     def __init__(
         self,
@@ -65,7 +69,7 @@ class QemuDestination:
         attach_path: str,
         ask: Callable[[], None],
         attached: Callable[[int], int | None],
-        stdout: int | None = None,
+        launch: Launch = QemuProcess.start,
     ) -> None:
         self._arguments = arguments
         self._memory = memory
@@ -73,14 +77,16 @@ class QemuDestination:
         self._attach_path = attach_path
         self._ask = ask
         self._attached = attached
-        self._stdout = stdout
+        self._launch = launch
+        self._environment: Mapping[str, str] = {}
         self._backends: tuple[qemu_args.Backend, ...] = ()
         """known with the source's blocks"""
         self._process: QemuProcess | None = None
-        self._monitor = Monitor()
+        self.monitor = Monitor()
         self._names: list[tuple[RamBlock, int]] = []
         """all blocks under the destination's names, with their addresses"""
         self.resumed = False
+        self._left = False
 
     # Starting
 
@@ -98,10 +104,16 @@ class QemuDestination:
             self._attach_path, list(paths.values()), timeout=START_SECONDS, bound=True
         )
         arguments = [*words, "-qmp", f"unix:{self._monitor_path},server=on,wait=off"]
-        process = self._process = await QemuProcess.start(arguments, added, self._stdout)
-        connecting = self._monitor.connect(self._monitor_path)
+        added |= self._environment
+        process = self._process = await self._launch(arguments, added)
+        connecting = self.monitor.connect(self._monitor_path)
         await process.unless_exited(connecting, START_SECONDS, "open its monitor")
         self._check_attached(process)
+
+    def relay_monitor(self, listener: str, path: str) -> None:
+        """Before start(): who connects to that monitor of QEMU's meets a relay, whose other end is
+        the socket at `path` (management.py)."""
+        self._environment = {"SHARDED_PC_MONITOR": listener, "SHARDED_PC_MONITOR_RELAY": path}
 
     def match(self, blocks: Sequence[RamBlock]) -> list[RamBlock]:
         """Those of the source's blocks that the backends stand for, in the backends' order;
@@ -126,7 +138,7 @@ class QemuDestination:
         process.found(pid)
 
     async def _prepare(self, machine: str) -> None:
-        monitor = self._monitor
+        monitor = self.monitor
         await monitor.check_machine(machine)
         await monitor.check_private(block.name for _, block in self._private())
         self._names = await self._named_blocks()
@@ -139,7 +151,7 @@ class QemuDestination:
         out = []
         for block in self._memory.geometry.blocks:
             id_ = ids.get(block.name)
-            address = await self._monitor.address(id_) if id_ else 0
+            address = await self.monitor.address(id_) if id_ else 0
             out.append((RamBlock(id_ or block.name, block.size), address))
         return out
 
@@ -166,12 +178,12 @@ class QemuDestination:
         stream = ResumeStream(self._stream_path, self._memory, LOAD_SECONDS)
         try:
             await asyncio.to_thread(stream.send_ram, machine, self._names, self._private())
-            await self._monitor.put_back("x-ignore-shared")
+            await self.monitor.put_back("x-ignore-shared")
             await asyncio.to_thread(stream.send_devices, devices)
-            await self._monitor.loaded()
+            await self.monitor.loaded()
         finally:
             stream.close()
-        if why := await self._monitor.put_back("x-ignore-shared", "events"):
+        if why := await self.monitor.put_back("x-ignore-shared", "events"):
             log.error(
                 "QEMU keeps the capability x-ignore-shared (%s): do not save this guest or migrate "
                 "it on, its RAM would be left out; turn it off by migrate-set-capabilities", why,
@@ -218,10 +230,14 @@ class QemuDestination:
 
     async def leave_monitor(self) -> None:
         """The monitor is no longer needed; the guest goes on."""
-        await self._monitor.disconnect()
+        await self.monitor.disconnect()
+
+    def leave(self) -> None:
+        """The guest is not ours to end any more."""
+        self._left = True
 
     async def end(self) -> None:
         """No QEMU afterwards: killed if it is still there.  Never raises."""
         await self.leave_monitor()
-        if self._process is not None:
+        if self._process is not None and not self._left:
             await self._process.end()

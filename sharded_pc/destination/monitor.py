@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
@@ -32,6 +32,7 @@ class Monitor:
         self._qmp = QMPClient("destination")
         self._qmp.logger.setLevel(logging.CRITICAL + 1)  # what goes wrong is raised as well
         self._events = EventListener(("MIGRATION",))
+        self._connected = asyncio.Event()
         self._before: dict[str, bool] = {}
         """capabilities as the user had them"""
 
@@ -43,6 +44,17 @@ class Monitor:
                 break
             await asyncio.sleep(RETRY_SECONDS)
         self._qmp.register_listener(self._events)
+        self._connected.set()
+
+    async def execute(self, command: str, arguments: dict) -> object:
+        """As soon as it is connected; ExecuteError."""
+        await self._connected.wait()
+        return await self._qmp.execute(command, arguments)
+
+    async def set_capabilities(self, states: Mapping[str, bool]) -> None:
+        """As execute()."""
+        await self._connected.wait()
+        await self._set(states)
 
     async def disconnect(self) -> None:
         """Never raises."""
@@ -113,7 +125,7 @@ class Monitor:
             return str(error)
         return None
 
-    async def _set(self, states: dict[str, bool]) -> None:
+    async def _set(self, states: Mapping[str, bool]) -> None:
         pairs = [{"capability": name, "state": on} for name, on in states.items()]
         await self._qmp.execute("migrate-set-capabilities", {"capabilities": pairs})
 

@@ -44,9 +44,10 @@ class QemuProcess:
 
     @classmethod
     async def start(
-        cls, arguments: Sequence[str], environment: Mapping[str, str], stdout: int | None
+        cls, arguments: Sequence[str], environment: Mapping[str, str], stdout: int | None = None
     ) -> QemuProcess:
-        """HostError."""
+        """A child, whose standard output goes to the descriptor `stdout`, to ours if None;
+        HostError."""
         try:
             process = await asyncio.create_subprocess_exec(
                 *arguments, env={**os.environ, **environment}, stdout=stdout
@@ -57,12 +58,12 @@ class QemuProcess:
 
     @classmethod
     def adopt(cls, pid: int, start: int) -> QemuProcess:
-        """The process that began at `start` (_start_time); GuestLost if it is gone."""
+        """The process that began at `start` (start_time); GuestLost if it is gone."""
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             raise GuestLost(f"QEMU (pid {pid}) has ended while its receiver was away") from None
-        if _start_time(pid) != start or not is_alive(pid):
+        if start_time(pid) != start or not is_alive(pid):
             os.close(pidfd)
             raise GuestLost(f"QEMU (pid {pid}) has ended while its receiver was away")
         process = cls(pid, None)
@@ -76,7 +77,7 @@ class QemuProcess:
 
     def identity(self) -> tuple[int, int]:
         """(pid, start time) of the QEMU itself, which nobody else will ever have."""
-        return self._qemu_pid, _start_time(self._qemu_pid)
+        return self._qemu_pid, start_time(self._qemu_pid)
 
     def found(self, pid: int) -> None:
         """The process that mapped the RAM, a child of the other or the same."""
@@ -167,7 +168,7 @@ class QemuProcess:
                 log.warning("QEMU may not be signalled by this user; it is left running")
 
 
-def _start_time(pid: int) -> int:
+def start_time(pid: int) -> int:
     """Clock ticks from boot to the process's start (proc(5), stat, starttime); 0 if it is gone."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()

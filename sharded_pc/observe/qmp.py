@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from sharded_pc.errors import ShardedPcError
+from sharded_pc.errors import QmpError, ShardedPcError
 from sharded_pc.transport.accepting import TrustedAcceptor
 from sharded_pc.transport.incoming import bind_unix
 from sharded_pc.transport.json_stream import JsonSplitter
@@ -39,14 +39,6 @@ class Command:
     name: str
     run: Callable[..., object]
     parameters: Mapping[str, type] = dataclasses.field(default_factory=dict)
-
-
-class QmpError(Exception):
-    """An error reply: QMP's class and a text."""
-
-    def __init__(self, text: str, kind: str = "GenericError") -> None:
-        super().__init__(text)
-        self.kind = kind
 
 
 class _Client:

@@ -25,11 +25,16 @@ _IMPLIED = {
     "-incoming": "",
     "-overcommit": "",
     "-run-with": "",
+    "-name": "guest",
+    "-mon": "chardev",
+    "-chardev": "backend",
+    "-qmp": "",
+    "-qmp-pretty": "",
 }
 """Options whose value is looked at, with the key of a first word that has none."""
 _ALIASES = {"-M": "-machine"}
 _PROGRAM = re.compile(r"qemu-system-[^=]+|qemu-kvm|kvm")
-_FREE = ("-accel", "-append", "-kernel", "-L", "-name")
+_FREE = ("-accel", "-append", "-kernel", "-L", "-name")  # of these, -name is looked at
 """Options of QEMU whose value may look like its program, or like an option."""
 
 
