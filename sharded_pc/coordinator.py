@@ -196,16 +196,18 @@ class Coordinator:
         ask, attached = self.migration.connections.ask_again, self.migration.attach.guests.guest_of
         destination = _destination(self.settings, self.memory, ask, attached, self._exit)
         if self.settings.monitor is not None:
-            await self._make_management(destination, self.settings.monitor)
+            self._make_management(destination, self.settings.monitor)
         self._exit.push_async_callback(destination.end)
         self.migration.destination = destination
         if known is not None:
             await destination.adopt(*known)
+            if self.management is not None:
+                await destination.meet_again()
             self.migration.watch()
         else:
             await self.migration.start_destination()
 
-    async def _make_management(self, destination: QemuDestination, listener: str) -> None:
+    def _make_management(self, destination: QemuDestination, listener: str) -> None:
         from sharded_pc.destination.management import Incoming, Management
 
         connections = self.migration.connections
@@ -213,7 +215,7 @@ class Coordinator:
             self._open, connections.recover, connections.pause, self._status, self._awaited_at
         )
         path = runtime_folder.runtime_path(self.settings.name, runtime_folder.RELAY)
-        self.management = Management(path, destination.monitor, incoming)
+        self.management = Management(path, destination.monitor, incoming, resumed=self.resumes)
         self._exit.push_async_callback(self.management.close)
         destination.relay_monitor(listener, path)
 

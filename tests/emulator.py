@@ -78,6 +78,11 @@ class Emulated(QemuVm):
         """Processes that were started for it and are not QEMU."""
         return [pid for pid in marked_processes(MARK, self.name) if pid != self.pid]
 
+    def receiver(self) -> int:
+        """Of these, the one that owns the memory."""
+        with ReceiverView(self.name) as view:
+            return view.owner
+
     def look(self) -> dict[str, Any]:
         """The receiver's figures."""
         with ReceiverView(self.name) as view:

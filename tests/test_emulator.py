@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import os
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -67,6 +69,11 @@ class Libvirt:
         reply = self.say({"execute": name, "arguments": arguments, "id": name})
         assert "return" in reply, reply
         return reply["return"]
+
+    def negotiate(self) -> None:
+        self.ask("qmp_capabilities")
+        wish = {"capability": "events", "state": True}
+        self.ask("migrate-set-capabilities", capabilities=[wish])
 
     def wait(self, status: str) -> None:
         """The next status is this one."""
@@ -257,6 +264,38 @@ class TestPlace:
             vm.kill()
 
 
+class TestReceiverKilled:
+    def test_in_postcopy(self, tmp_path, unique_name, newer):
+        """Its guest waits, who manages it hears of a pause, another receiver takes it up."""
+        uri = f"unix:{tmp_path}/in"
+        with migrating(tmp_path, unique_name, newer, writes=True) as (source, vm):
+            vm.launch()
+            with contextlib.closing(Libvirt(vm.monitor_path)) as libvirt:
+                libvirt.negotiate()
+                libvirt.ask("migrate-incoming", uri=uri)
+                begin_precopy(source, uri)
+                switch(source, postcopy_rate=RATE)
+                libvirt.ask("cont")
+                for status in ("setup", "active", "postcopy-active"):
+                    libvirt.wait(status)
+                wait_until(lambda: vm.look()["postcopy-state"] == "running", "the switch")
+                os.kill(vm.receiver(), signal.SIGKILL)
+                libvirt.wait("postcopy-paused")
+                assert libvirt.ask("query-migrate")["status"] == "postcopy-paused"
+                source.wait_migration("postcopy-paused")
+                libvirt.ask("migrate-recover", uri=uri)
+                source.set_parameters(max_postcopy_bandwidth=0)
+                source.migrate(uri, resume=True)
+                for status in ("postcopy-paused", "postcopy-recover-setup", "postcopy-recover"):
+                    libvirt.wait(status)
+                libvirt.wait("postcopy-active")
+                libvirt.wait("completed")
+                check_lives(vm)
+                vm.wait_gone()
+                assert libvirt.ask("query-status")["status"] == "running"
+            assert "killed by signal 9, another one takes its place" in vm.stderr()
+
+
 class TestManagement:
     """What it is told at QEMU's monitor."""
 
@@ -265,9 +304,7 @@ class TestManagement:
         with migrating(tmp_path, unique_name, newer) as (source, vm):
             vm.launch()
             with contextlib.closing(Libvirt(vm.monitor_path)) as libvirt:
-                libvirt.ask("qmp_capabilities")
-                wish = {"capability": "events", "state": True}
-                libvirt.ask("migrate-set-capabilities", capabilities=[wish])
+                libvirt.negotiate()
                 bad = [{"capability": "dirty-bitmaps", "state": True}]
                 arguments = {"capabilities": bad}
                 reply = libvirt.say({"execute": "migrate-set-capabilities", "arguments": arguments})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import hashlib
 import logging
 import os
@@ -33,17 +34,20 @@ class Emulate:
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--settings", required=True, metavar="FOLDER")
         parser.add_argument("--pid", required=True, type=int)
-        parser.add_argument("--answer-fd", required=True, type=int)
+        parser.add_argument("--answer-fd", required=True, type=int, help="-1: a dead one's place")
         parser.set_defaults(qemu=[])
 
     def run(self, args: argparse.Namespace) -> int:
-        from sharded_pc.emulator import answer
-
         place = Place(args.pid, args.answer_fd)
         try:
             settings = _settings(args, place)
+            if args.answer_fd >= 0:
+                _remove_dead(settings.name)
+            else:
+                settings = dataclasses.replace(settings, incoming=None, resume=True)
         except ShardedPcError as error:
-            answer.send(args.answer_fd, answer.stand_aside(str(error)))
+            if not place.stand_aside(str(error)):
+                failed(error)
             return int(error.exit_code)
         return asyncio.run(_receive(settings, place))
 
@@ -96,7 +100,6 @@ def _settings(args: argparse.Namespace, place: Place) -> Settings:
         raise UsageError("-incoming defer: no -mon or -qmp of a listening Unix socket, where "
                          "migrate-incoming could come")  # fmt: skip
     name = _receiver_name(guest)
-    _remove_dead(name)
     return Settings(
         incoming=incoming,
         name=name,

@@ -160,6 +160,12 @@ class QemuDestination:
         self._process = QemuProcess.adopt(pid, start)
         self.resumed = True
 
+    async def meet_again(self) -> None:
+        """Its monitor, as the receiver that died had it; QemuFailed."""
+        assert self._process is not None
+        connecting = self.monitor.connect(self._monitor_path)
+        await self._process.unless_exited(connecting, START_SECONDS, "open its monitor")
+
     # Resuming
 
     async def resume(self, machine: str, devices: bytes) -> None:

@@ -48,14 +48,17 @@ class Incoming:
 
 
 class Management:
-    """`path` is the socket of QEMU's relay, `qemu` our own monitor."""
+    """`path` is the socket of QEMU's relay, `qemu` our own monitor.  `resumed`: it was a dead
+    receiver's, who has been told which events are wanted."""
 
-    def __init__(self, path: str, qemu: Monitor, incoming: Incoming) -> None:
+    def __init__(
+        self, path: str, qemu: Monitor, incoming: Incoming, *, resumed: bool = False
+    ) -> None:
         self._qemu = qemu
         self._incoming = incoming
         self._capabilities = dict.fromkeys(OURS, False)
         """of ours, as they were set"""
-        self._events = False
+        self._events = resumed
         self._commands: Mapping[str, Callable[[dict], Awaitable[object]]] = {
             "migrate-set-capabilities": self._set_capabilities,
             "query-migrate-capabilities": self._query_capabilities,

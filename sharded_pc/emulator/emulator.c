@@ -30,7 +30,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { EXIT_FAILED = 1, ANSWER_MS = 60000, ANSWER_ROOM = 4 << 20 };
+enum { EXIT_FAILED = 1, ANSWER_MS = 60000, ANSWER_ROOM = 4 << 20, DEATHS_MOST = 5 };
 
 #define DEFAULT_QEMU "qemu-system-x86_64"
 #define SETTINGS "sharded-pc.toml"
@@ -159,51 +159,94 @@ static void close_between(unsigned from, unsigned to)
         syscall(SYS_close_range, from, to, 0);
 }
 
-/* In the receiver's process to be: all but what it needs is QEMU's. */
-static void close_others(int answer, int stream)
+/* In the receiver's processes: all but what they need is QEMU's. */
+static void close_others(const int *kept, size_t n)
 {
-    int low = answer < stream || stream < 0 ? answer : stream, high = answer > stream ? answer : stream;
-    close_between(3, (unsigned)low - 1);
-    close_between((unsigned)low + 1, (unsigned)high - 1);
-    close_between((unsigned)high + 1, UINT_MAX);
+    unsigned from = 3;
+    for (size_t i = 0; i < n; i++) /* ascending */
+        if (kept[i] >= (int)from) {
+            close_between(from, (unsigned)kept[i] - 1);
+            from = (unsigned)kept[i] + 1;
+        }
+    close_between(from, UINT_MAX);
 }
 
-__attribute__((noreturn)) static void run_receiver(const settings *s, const char *invoked, pid_t qemu,
-                                                   int answer, int stream, char **argv, int argc)
+static int by_number(const void *a, const void *b)
+{
+    return *(const int *)a - *(const int *)b;
+}
+
+typedef struct place {
+    const settings *s;
+    const char *folder; /* of the settings */
+    pid_t qemu;         /* its number, now or to be */
+    int pidfd;          /* of the same */
+    char **argv;
+    int argc;
+} place;
+
+/* `sharded-pc emulate` as a child; its number, or -1.  Without a pipe for its answer (-1) it takes a
+ * dead one's place. */
+static pid_t spawn_receiver(const place *p, int answer)
 {
     char pid[32], fd[32];
-    const char *first[] = {s->receiver, "emulate", "--settings", invoked, "--pid", pid,
-                           "--answer-fd", fd, "--", s->qemu};
+    const char *first[] = {p->s->receiver, "emulate", "--settings", p->folder, "--pid", pid,
+                           "--answer-fd", fd, "--", p->s->qemu};
     size_t n = sizeof first / sizeof *first;
-    const char **words = calloc(n + (size_t)argc, sizeof *words);
-    snprintf(pid, sizeof pid, "%d", qemu);
+    snprintf(pid, sizeof pid, "%d", p->qemu);
     snprintf(fd, sizeof fd, "%d", answer);
+    pid_t child = fork();
+    if (child)
+        return child;
+    const char **words = calloc(n + (size_t)p->argc, sizeof *words);
     if (!words)
         _exit(EXIT_FAILED);
     memcpy(words, first, sizeof first);
-    memcpy(words + n, argv + 1, (size_t)argc * sizeof *words); /* with its NULL */
-    close_others(answer, stream);
-    execv(s->receiver, (char **)(uintptr_t)words);
-    say("sharded-pc: start %s: %s", s->receiver, strerror(errno));
+    memcpy(words + n, p->argv + 1, (size_t)p->argc * sizeof *words); /* with its NULL */
+    if (answer >= 0)
+        fcntl(answer, F_SETFD, 0);
+    execv(p->s->receiver, (char **)(uintptr_t)words);
+    say("sharded-pc: start %s: %s", p->s->receiver, strerror(errno));
     _exit(EXIT_FAILED);
 }
 
-/* Its pipe's end, or -1 and errno.  Forked twice: QEMU gets no child. */
-static int start_receiver(const settings *s, const char *invoked, const char *incoming, char **argv,
-                          int argc)
+/* Notices a receiver's death, of which QEMU's guest may be in need of another; as long as that takes.
+ * One that ends by itself has said why. */
+__attribute__((noreturn)) static void supervise(const place *p, int answer, int stream)
+{
+    int kept[] = {answer, stream, p->pidfd}, status;
+    qsort(kept, 3, sizeof *kept, by_number);
+    close_others(kept, 3);
+    for (int deaths = 0; deaths < DEATHS_MOST; deaths++) {
+        pid_t receiver = spawn_receiver(p, answer);
+        if (answer >= 0)
+            close(answer);
+        if (stream >= 0)
+            close(stream);
+        answer = stream = -1;
+        struct pollfd qemu = {.fd = p->pidfd, .events = POLLIN};
+        if (receiver < 0 || waitpid(receiver, &status, 0) < 0 || !WIFSIGNALED(status) ||
+            poll(&qemu, 1, 0) > 0)
+            break;
+        say("sharded-pc: the receiver was killed by signal %d, another one takes its place",
+            WTERMSIG(status));
+    }
+    _exit(0);
+}
+
+/* The answer's end of a pipe, or -1 and errno.  Forked twice: QEMU gets no child. */
+static int start_receiver(const place *p, const char *incoming)
 {
     int ends[2];
-    pid_t self = getpid();
     if (pipe2(ends, O_CLOEXEC))
         return -1;
     pid_t middle = fork();
     if (middle == 0) {
         setsid();
-        pid_t receiver = fork();
-        if (receiver)
-            _exit(receiver < 0);
-        fcntl(ends[1], F_SETFD, 0);
-        run_receiver(s, invoked, self, ends[1], stream_of(incoming), argv, argc);
+        pid_t supervisor = fork();
+        if (supervisor)
+            _exit(supervisor < 0);
+        supervise(p, ends[1], stream_of(incoming));
     }
     close(ends[1]);
     int status = -1;
@@ -271,7 +314,9 @@ int main(int argc, char **argv)
     if (!incoming)
         become(s.qemu, argv);
     char *text = malloc(ANSWER_ROOM);
-    int from = text ? start_receiver(&s, invoked, incoming, argv, argc) : -1;
+    place p = {&s, invoked, getpid(), (int)syscall(SYS_pidfd_open, getpid(), 0), argv, argc};
+    int from = text && p.pidfd >= 0 ? start_receiver(&p, incoming) : -1;
+    close(p.pidfd);
     if (from < 0)
         stand_aside(&s, strerror(errno), argv);
     size_t len = hear(from, text);

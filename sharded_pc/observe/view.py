@@ -26,6 +26,11 @@ class ReceiverView:
             self.close()
             raise HostError(f"shared memory of {name!r} is of another version")
 
+    @property
+    def owner(self) -> int:
+        """The receiver's pid."""
+        return self._control.view.owner
+
     def info(self) -> dict:
         return migration_info(self.name, self._control, self._received())
 

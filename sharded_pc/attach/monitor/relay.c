@@ -284,6 +284,7 @@ static void lose_receiver(sp_relay *r)
         int n = snprintf(text, sizeof text, PAUSED, (long long)time(NULL));
         say(r->client, text, (size_t)n);
     }
+    r->guest_runs = 0; /* once for each time: who takes its place may die before it says anything */
 }
 
 /* Nobody came who could answer. */
