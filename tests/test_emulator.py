@@ -122,7 +122,7 @@ class TestRecordedConversation:
             pid = vm.launch().pid
             libvirt = Libvirt(vm.monitor_path)
             with contextlib.closing(libvirt):
-                Replay(libvirt, source, f"unix:{tmp_path}/in").run()
+                Replay(libvirt, source, vm, f"unix:{tmp_path}/in").run()
                 assert vm.pid == pid and is_qemu(pid)
                 check_lives(vm)
                 vm.wait_gone()
@@ -146,8 +146,8 @@ class TestRecordedConversation:
 class Replay:
     """Says what was said, when what had been heard before is heard again."""
 
-    def __init__(self, libvirt: Libvirt, source: QemuVm, uri: str) -> None:
-        self._libvirt, self._source, self._uri = libvirt, source, uri
+    def __init__(self, libvirt: Libvirt, source: QemuVm, vm: Emulated, uri: str) -> None:
+        self._libvirt, self._source, self._vm, self._uri = libvirt, source, vm, uri
         self._recovers = False
 
     def run(self) -> None:
@@ -171,7 +171,7 @@ class Replay:
         if command == "migrate-incoming":
             begin_precopy(source, self._uri)
         elif command == "cont":
-            source.wait_migration("postcopy-active")
+            wait_until(lambda: self._vm.look()["postcopy-state"] == "running", "the switch")
             source.qmp("migrate-pause")
             source.wait_migration("postcopy-paused")
         elif command == "migrate-recover":
