@@ -39,9 +39,12 @@ class Monitor:
     async def connect(self, path: Path) -> None:
         """As soon as QEMU listens there; the caller sets the time limit."""
         while True:
-            with contextlib.suppress(QMPError, OSError):
+            try:
                 await self._qmp.connect(str(path))
                 break
+            except (QMPError, OSError, AssertionError):
+                # The library asserts that QEMU has not closed the connection as it was made.
+                await self.disconnect()
             await asyncio.sleep(RETRY_SECONDS)
         self._qmp.register_listener(self._events)
         self._connected.set()
