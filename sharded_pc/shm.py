@@ -41,7 +41,7 @@ NAME_MAX = 255
 """Bytes of a file's name."""
 
 LOCK_SECONDS = 2.0
-"""A new owner's patience with those who look at its segment."""
+"""The patience of a new owner, and of who removes, with those who look at the segment."""
 LOCK_AGAIN_SECONDS = 0.001
 
 CONTROL, POOL, BITMAPS = "%control", "%pool", "%bitmaps"
@@ -194,6 +194,9 @@ class Segment:
             return False
         return True
 
+    def unlock(self) -> None:
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+
     def close(self) -> None:
         """Unmaps and closes.  BufferError if somebody still looks at the mapping."""
         if self._map is not None:
@@ -265,7 +268,7 @@ def _looked_at(name: str, *, shared: bool = True) -> Iterator[Leftover]:
     FileNotFoundError."""
     control = Segment.open(f"/{name}{CONTROL}")
     try:
-        alive = not control.lock(shared=shared)
+        alive = not (control.lock(shared=True) if shared else _is_alone(control))
         if not control.is_named():
             raise FileNotFoundError(errno.ENOENT, "removed meanwhile", control.name)
         files = _files(name)
@@ -273,6 +276,17 @@ def _looked_at(name: str, *, shared: bool = True) -> Iterator[Leftover]:
         yield Leftover(name, tuple(p.name for p in files), size, alive)
     finally:
         control.close()
+
+
+def _is_alone(control: Segment) -> bool:
+    """Takes the owner's lock; false if it has an owner.  Others who look are let finish."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while not control.lock():
+        if not control.lock(shared=True) or time.monotonic() > deadline:
+            return False
+        control.unlock()  # or two who remove would wait for each other
+        time.sleep(LOCK_AGAIN_SECONDS)
+    return True
 
 
 def remove(leftover: Leftover, also: Callable[[], None] = lambda: None) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -215,6 +217,16 @@ def test_clean_leaves_the_socket_of_who_came_after_its_look(
     assert cli.main(["clean", "--name", unique_name]) == 0
     assert "left alone: it has changed meanwhile" in capsys.readouterr().out
     assert control(unique_name).exists()
+
+
+def test_who_removes_lets_others_finish_their_look(create, unique_name, monkeypatch):
+    """A look is no owner: `clean` would leave a dead one's memory and say that it has changed."""
+    die(create())
+    dead = found(unique_name)
+    with contextlib.ExitStack() as other:
+        assert not other.enter_context(shm._looked_at(unique_name)).alive
+        monkeypatch.setattr(time, "sleep", lambda seconds: other.close())
+        assert shm.remove(dead)
 
 
 def test_two_who_look_do_not_take_each_other_for_an_owner(create, unique_name):
