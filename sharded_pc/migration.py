@@ -13,13 +13,14 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from sharded_pc import host
+from sharded_pc.attach.guests import AttachedGuests
 from sharded_pc.attach.server import AttachServer
 from sharded_pc.awaited import unpunched
 from sharded_pc.backend_segments import BackendSegments
 from sharded_pc.connection import Connection
 from sharded_pc.connections import Connections
 from sharded_pc.ending import Ending
-from sharded_pc.errors import ConnectionLost, HostError, ShardedPcError
+from sharded_pc.errors import AttachError, ConnectionLost, HostError, ShardedPcError
 from sharded_pc.geometry import Geometry, Placement, RamBlock
 from sharded_pc.huge_pages import HugePages
 from sharded_pc.loop_calls import from_stream
@@ -151,7 +152,7 @@ class Migration:
         await self._shards.tell("geometry")
         if self.attach is not None:
             assert self._memory.geometry is not None
-            await self.attach.guests.admit_reserved(self._memory.geometry)
+            await self._admit_reserved(self.attach.guests, self._memory.geometry)
             self.attach.geometry_known()
         if self.destination is not None:
             # Nothing more is read before it is known to fit: a destination that cannot run ends the
@@ -160,6 +161,17 @@ class Migration:
             assert self.connections.current is not None
             fitting = self.destination.await_stream(self._machine)
             await self.connections.current.ending.unless_over(fitting)
+
+    async def _admit_reserved(self, guests: AttachedGuests, geometry: Geometry) -> None:
+        """What a worker says of a QEMU that has just died is no more than a consequence."""
+        try:
+            await guests.admit_reserved(geometry)
+        except AttachError:
+            if self._watching is not None:
+                await asyncio.wait({self._watching}, timeout=LOAD_ENDS_SECONDS)
+            if self._ending.is_over:
+                raise self._ending.reason from None
+            raise
 
     async def _define_for(self, destination: QemuDestination, blocks: Sequence[RamBlock]) -> None:
         """The memory of a QEMU that is up: its backends' segments, then what else there is."""
