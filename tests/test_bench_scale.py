@@ -220,7 +220,8 @@ def replay_report() -> dict:
     figures = {figure: both for figure in ("gb-per-second", "cpu-seconds-per-gib")}
     axes = itertools.product(("unix", "tcp"), (1, 2), ("copy", "continue"))
     keys = ("transport", "workers", "placement")
-    return report("replay", [dict(zip(keys, row, strict=True)) | figures for row in axes])
+    same = {"channels": 0, "compression": "none", "tls": False}
+    return report("replay", [dict(zip(keys, row, strict=True)) | same | figures for row in axes])
 
 
 def scale_report() -> dict:

@@ -61,6 +61,14 @@ class Pair:
         """The receiver knows a little later than QEMU."""
         wait_until(lambda: self.runner.look()["postcopy-state"] == "running", "the switch")
 
+    def wait_faults(self) -> None:
+        """The guest walks over its memory, and so meets every shard."""
+
+        def all_met() -> bool:
+            return all(shard["faults"] for shard in self.runner.look()["sharded"]["shards"])
+
+        wait_until(all_met, "a fault in each shard")
+
     def complete(self) -> dict[str, Any]:
         """The rest of the pages at full speed; the receiver's JSON object."""
         self.source.set_parameters(max_postcopy_bandwidth=0)
@@ -146,6 +154,7 @@ def check_whole(vms: Pair, ram_bytes: int = MEMORY_MIB * MIB) -> dict[str, Any]:
     took = vms.resume()
     check_missing(vms.runner.look())
     assert vms.guest.registered_bytes() == ram_bytes
+    vms.wait_faults()
     info = vms.complete()
     assert abs(took - info["downtime"]) < 200
     check_info(vms, info)

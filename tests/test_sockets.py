@@ -201,7 +201,7 @@ def test_silent_clients_do_not_keep_a_guest_out(tmp_path, unique_name, monkeypat
     ):
         source.set_up()
         silent = [stack.enter_context(Client(receiver.attach)) for _ in range(9)]
-        clients = receiver.coordinator._attach._clients
+        clients = receiver.coordinator.migration.attach._clients
         wait_until(lambda: len(clients) == 3, "a full house", WAIT_S)
         with Client(receiver.attach) as client:
             address()(client)

@@ -22,6 +22,7 @@ from sharded_pc.bench import usage
 from sharded_pc.bench.jobs import Job
 from sharded_pc.errors import HostError, ShardedPcError
 from sharded_pc.transport.tls.pump import Pump
+from sharded_pc.transport.tls.wire import TlsWire
 from sharded_pc.wire import return_path
 from sharded_pc.wire.feed import Feed
 from sharded_pc.wire.return_path import ReqPages, Shut
@@ -75,9 +76,9 @@ def _connected(where: Where) -> Iterator[socket.socket]:
             yield sock
         return
     plain, end = socket.socketpair()
-    pump = Pump(_connect(where.uri), end, _context(Path(where.tls)), server_side=False)
-    with contextlib.closing(pump), plain:
-        pump.handshake(HANDSHAKE_SECONDS)
+    wire = TlsWire(_connect(where.uri), _context(Path(where.tls)), server_side=False)
+    with contextlib.closing(Pump(wire, end)) as pump, plain:
+        wire.handshake(HANDSHAKE_SECONDS)
         running = threading.Thread(target=pump.run, daemon=True)
         running.start()
         try:
