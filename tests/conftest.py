@@ -67,12 +67,13 @@ def hosts() -> Iterator[Pair]:
 
 @pytest.fixture
 def domain(hosts: Pair) -> Iterator[Domain]:
-    """A domain for this test, on no host yet; it is nowhere afterwards."""
+    """A domain for this test, on no host yet; nothing of it is anywhere afterwards."""
     domain = Domain(f"guest{next(_numbers)}", hosts.image)
     yield domain
     for host in (hosts.a, hosts.b):
         if domain.name in host.virsh("list", "--name", "--all").split():
             host.virsh("destroy", domain.name)
+        wait_until(lambda host=host: not host.left(), f"nothing left, but: {host.left()}", LEFT_S)
 
 
 # --- skips ---

@@ -33,9 +33,9 @@ STUB = "/var/lib/stub/qemu-stub"
 
 @pytest.fixture
 def hooks(hosts: Pair):
-    """The hook on both hosts, installed as a user does, and STUB; without a rule afterwards."""
+    """STUB on both hosts, and the hook as a user installs it; it chooses none afterwards."""
     for host in (hosts.a, hosts.b):
-        host.run(sys.executable, "-m", "sharded_pc", "libvirt", "install-hook")
+        host.run(sys.executable, "-m", "sharded_pc", "libvirt", "install-hook", "--emulator", STUB)
         host.restart_daemon()
         stub = host.folder / STUB.removeprefix("/var/")
         stub.parent.mkdir(exist_ok=True)
@@ -44,12 +44,12 @@ def hooks(hosts: Pair):
         stub.chmod(0o755)
     yield
     for host in (hosts.a, hosts.b):
-        rule(host)
+        rule(host, "guests = []")
 
 
 def rule(host: Host, *lines: str) -> None:
     file = host.folder / f"etc/{hook.SETTINGS.removeprefix('/etc/')}"
-    file.write_text("\n".join(["[hook]", f'emulator = "{STUB}"', *lines]))
+    file.write_text("\n".join(lines))
 
 
 def emulator(host: Host, domain: Domain) -> str:
@@ -61,8 +61,8 @@ def test_the_hook_gives_incoming_domains_an_emulator_and_takes_it_back(
     hosts: Pair, domain: Domain, hooks
 ):
     """Neither the source nor the domain knows of it."""
-    rule(hosts.b, f'domains = ["{domain.name}"]')
-    rule(hosts.a)
+    rule(hosts.b, f'guests = ["{domain.name}"]')
+    rule(hosts.a, "guests = []")
     domain.start(hosts.a)
     domain.migrate(hosts.a, hosts.b, *AUTOMATIC)
     assert emulator(hosts.b, domain) == STUB

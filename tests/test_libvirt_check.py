@@ -14,6 +14,7 @@ from sharded_pc.host.finding import optional, required
 from sharded_pc.libvirt import confined, hook, install
 from sharded_pc.libvirt.confined import Answer
 from sharded_pc.libvirt.findings import APPARMOR, DEVICE, KEEP, MARK, UDEV, Host, findings
+from sharded_pc.libvirt.hook import Rule
 from sharded_pc.libvirt.qemu_conf import PLACE, QemuConf
 from tests.libvirt import settings
 from tests.libvirt.domain import Domain
@@ -39,8 +40,9 @@ GOOD = Host(
     apparmor_knows=True,
     selinux=False,
     tmpfiles=True,
-    hook=f"#!python\n{Path(hook.__file__).read_text()}",
-    rule={"all": True},
+    hook="a hook",
+    hook_is_ours=True,
+    rule=Rule(),
 )
 DEFAULTS = {"user": settings.USER, "group": settings.USER, "namespaces": ["mount"]}
 DEBIAN = """\
@@ -139,9 +141,8 @@ class TestDescribedHosts:
             ({"selinux": True}, "SELinux", "nobody has tried"),
             ({"tmpfiles": False}, "tmpfiles", "sockets in /tmp"),
             ({"hook": None}, "hook", "not installed"),
-            ({"hook": "#!python\nold"}, "hook", "another version"),
+            ({"hook_is_ours": False}, "hook", "another version"),
             ({"rule": "bad"}, "hook's rule", "bad"),
-            ({"rule": {"all": False}}, "hook's rule", "chooses no domain"),
         ],
     )
     def test_what_can_be_done_without_is_said(self, changes, name, said):
@@ -171,7 +172,7 @@ def test_a_fake_etc_is_read(tmp_path):
     """All files at once, below a folder that stands for /; the check itself runs as this user."""
     files = {
         PLACE: f'user = "+{os.getuid()}"\nnamespaces = []\ncgroup_device_acl = ["{DEVICE}"]\n',
-        "etc/sharded-pc.toml": '[hook]\nmemory = "1G"\nemulator = "/opt/ours"\n',
+        "etc/sharded-pc.toml": 'guests = ["db"]\nleast-memory = "1G"\n',
         "opt/ours": "",
         APPARMOR: "# sharded-pc\n",
         "sys/module/apparmor/parameters/enabled": "Y\n",
@@ -182,14 +183,14 @@ def test_a_fake_etc_is_read(tmp_path):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text(text)
     (tmp_path / "opt/ours").chmod(0o755)
-    install.install_hook(tmp_path)
+    install.install_hook(Path("/opt/ours"), tmp_path)
     found = Host.read(tmp_path)
     assert found.emulator == "/opt/ours" and found.emulator_there
     assert found.apparmor and found.apparmor_knows and found.tmpfiles
     assert not found.selinux and not found.device_there and not found.everybody_may
-    assert found.rule == {"memory": "1G", "emulator": "/opt/ours"}
+    assert found.rule == Rule(("db",), 1 << 30)
     names = {each.name: each for each in findings(found)}
-    assert names["hook"].ok and names["hook's rule"].detail == "memory 1G"
+    assert names["hook"].ok and "guests db" in names["hook's rule"].detail
 
 
 def test_what_we_ship_is_what_remedies_say(tmp_path):

@@ -32,22 +32,19 @@ MIGRATE = ("guest0", "migrate", "begin", "-")
 def run(tmp_path):
     """Starts the installed hook with a rule, as libvirt does: what it prints, what it complains."""
     settings = tmp_path / "sharded-pc.toml"
-    place = install_hook(tmp_path)
+    place = install_hook(Path(OURS), tmp_path)
     source = place.read_text()
     assert source.count(f'"{hook.SETTINGS}"') == 1
     place.write_text(source.replace(hook.SETTINGS, str(settings)))
 
-    def start(rule: str, text: bytes = LIBVIRT, words=MIGRATE) -> tuple[bytes, str]:
-        settings.write_text(rule)
+    def start(rule: str | None, text: bytes = LIBVIRT, words=MIGRATE) -> tuple[bytes, str]:
+        if rule is not None:
+            settings.write_text(rule)
         done = subprocess.run([place, *words], input=text, capture_output=True, env={}, cwd="/")
         assert done.returncode == 0, "libvirt would refuse the migration"
         return done.stdout, done.stderr.decode()
 
     return start
-
-
-def rule(*lines: str) -> str:
-    return "\n".join(["[hook]", f'emulator = "{OURS}"', *lines])
 
 
 def emulators(text: bytes) -> list[str | None]:
@@ -65,39 +62,40 @@ def without_emulator(text: bytes) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
+    ("text", "rule"),
     [
-        (LIBVIRT, "all = true"),
-        (LIBVIRT, 'memory = "16 MiB"'),
-        (LIBVIRT, 'domains = ["nobody", "guest*"]'),
-        (NOVA, 'memory = "128 GiB"'),
-        (NOVA, 'memory = "137438953472b"'),
-        (NOVA, 'domains = ["instance-0000002a"]'),
-        (KUBEVIRT, 'memory = "64G"'),
+        (LIBVIRT, None),
+        (LIBVIRT, "workers = 4"),
+        (LIBVIRT, "least-memory = 16777216"),
+        (LIBVIRT, 'guests = ["nobody", "guest*"]'),
+        (NOVA, 'least-memory = "128G"'),
+        (NOVA, 'guests = ["instance-0000002a"]\nleast-memory = "131072M"'),
+        (KUBEVIRT, 'least-memory = "64g"'),
     ],
 )
-def test_a_domain_that_is_chosen_differs_by_its_emulator_only(run, text, line):
-    out, complaint = run(rule(line), text)
+def test_a_domain_that_is_chosen_differs_by_its_emulator_only(run, text, rule):
+    out, complaint = run(rule, text)
     assert complaint == ""
     assert emulators(out) == [OURS]
     assert without_emulator(out) == without_emulator(text)
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["", "all = false", 'memory = "17 MiB"', 'domains = ["guest", "GUEST0"]', "domains = []"],
+    "rule",
+    [
+        'least-memory = "17M"',
+        'guests = ["guest", "GUEST0"]',
+        "guests = []",
+        'guests = ["*"]\nleast-memory = "1G"',
+    ],
 )
-def test_a_domain_that_is_not_chosen_is_left_alone(run, line):
-    assert run(rule(line)) == (b"", "")
-
-
-def test_no_settings_choose_nothing(run):
-    assert run("") == (b"", "")
+def test_a_domain_that_is_not_chosen_is_left_alone(run, rule):
+    assert run(rule) == (b"", "")
 
 
 @pytest.mark.parametrize("words", [("guest0", "prepare", "begin", "-"), ("guest0", "started"), ()])
 def test_other_calls_say_nothing(run, words):
-    assert run(rule("all = true"), words=words) == (b"", "")
+    assert run(None, words=words) == (b"", "")
 
 
 @pytest.mark.parametrize(
@@ -105,34 +103,38 @@ def test_other_calls_say_nothing(run, words):
 )
 def test_a_domain_that_cannot_be_received_is_left_alone(run, old, new):
     assert old in LIBVIRT
-    assert run(rule("all = true"), LIBVIRT.replace(old, new, 1)) == (b"", "")
+    assert run(None, LIBVIRT.replace(old, new, 1)) == (b"", "")
 
 
 def test_a_domain_that_has_ours_keeps_it(run):
-    assert run(rule("all = true"), LIBVIRT.replace(QEMU.encode(), OURS.encode())) == (b"", "")
+    assert run(None, LIBVIRT.replace(QEMU.encode(), OURS.encode())) == (b"", "")
 
 
 def test_a_domain_that_comes_from_shards_and_is_not_chosen_gets_qemu(run):
     elsewhere = f"/opt/other/{Path(OURS).name}".encode()
-    out, _ = run(rule('qemu = "/usr/bin/qemu-here"'), LIBVIRT.replace(QEMU.encode(), elsewhere))
-    assert emulators(out) == ["/usr/bin/qemu-here"]
+    text = LIBVIRT.replace(QEMU.encode(), elsewhere)
+    assert emulators(run("guests = []", text)[0]) == [QEMU]
+    assert emulators(run('guests = []\nqemu = "qemu-here"', text)[0]) == ["/usr/bin/qemu-here"]
+    out, _ = run('guests = []\nqemu = "/opt/qemu-here"', text)
+    assert emulators(out) == ["/opt/qemu-here"]
     assert without_emulator(out) == without_emulator(LIBVIRT)
 
 
 @pytest.mark.parametrize(
     ("settings", "text", "said"),
     [
-        (rule("all = true"), b"", "no XML of a domain"),
-        (rule("all = true"), LIBVIRT[:-12], "no XML of a domain"),
-        (rule("all = true"), b"<network/>", "the root is not <domain>"),
-        (rule("all = true"), b"\x00\xff", "no XML of a domain"),
-        (rule("all = true"), LIBVIRT.replace(b"unit='KiB'", b"unit='parsec'"), "16384 parsec"),
-        (rule("all = true"), b"<domain type='kvm'><devices/></domain>", "no <devices>"),
-        (rule("all = 1"), LIBVIRT, "all must be a bool"),
-        (rule('memory = "lots"'), LIBVIRT, "'lots' is no size"),
-        (rule('mem = "1G"'), LIBVIRT, "no 'mem'"),
+        (None, b"", "no XML of a domain"),
+        (None, LIBVIRT[:-12], "no XML of a domain"),
+        (None, b"<network/>", "the root is not <domain>"),
+        (None, b"\x00\xff", "no XML of a domain"),
+        (None, LIBVIRT.replace(b"unit='KiB'", b"unit='parsec'"), "16384 parsec"),
+        (None, b"<domain type='kvm'><devices/></domain>", "no <devices>"),
+        ("guests = 1", LIBVIRT, "guests must be a list"),
+        ("guests = [1]", LIBVIRT, "guests must be a list"),
+        ("qemu = 1", LIBVIRT, "qemu must be a path"),
+        ('least-memory = "lots"', LIBVIRT, "'lots' is no size"),
+        ("least-memory = true", LIBVIRT, "is no size"),
         ("[hook", LIBVIRT, "sharded-pc.toml: "),
-        ('[hook]\nall = true\nemulator = "/no/such"', LIBVIRT, "/no/such, which is no executable"),
     ],
 )
 def test_what_cannot_be_read_or_done_leaves_the_domain_as_it_is(run, settings, text, said):
@@ -142,9 +144,16 @@ def test_what_cannot_be_read_or_done_leaves_the_domain_as_it_is(run, settings, t
     assert len(complaint.splitlines()) == 1
 
 
+def test_an_emulator_that_is_not_there_is_not_put_in(run, tmp_path):
+    place = install_hook(Path("/no/such"), tmp_path)
+    done = subprocess.run([place, *MIGRATE], input=LIBVIRT, capture_output=True, check=True)
+    assert done.stdout == b""
+    assert b"/no/such, which is no executable here" in done.stderr
+
+
 def test_another_spelling_of_the_emulator_is_found(run):
     text = LIBVIRT.replace(QEMU.encode(), b"<!-- > --><![CDATA[/usr/bin/a&b]]>")
-    out, _ = run(rule("all = true"), text)
+    out, _ = run(None, text)
     assert emulators(out) == [OURS]
     assert without_emulator(out) == without_emulator(LIBVIRT)
 
@@ -188,14 +197,14 @@ class TestInstall:
         other = tmp_path / PLACE.replace("qemu.d/sharded-pc", "qemu")
         other.parent.mkdir(parents=True)
         other.write_text("#!/bin/sh\n")
-        place = install_hook(tmp_path)
+        place = install_hook(Path(OURS), tmp_path)
         assert place == tmp_path / PLACE
-        assert install_hook(tmp_path) == place  # over the old one
+        assert install_hook(Path('/a"b'), tmp_path) == place  # over the old one
         assert other.read_text() == "#!/bin/sh\n"
         assert [each.name for each in place.parent.iterdir()] == ["sharded-pc"]
 
     def test_says_what_it_could_not_do(self, tmp_path, monkeypatch, capsys):
         (tmp_path / "etc").write_text("no folder")
         monkeypatch.setattr(install_hook, "__defaults__", (tmp_path,))
-        assert main(["libvirt", "install-hook"]) == 3
+        assert main(["libvirt", "install-hook", "--emulator", "x"]) == 3
         assert "cannot install the hook" in capsys.readouterr().err

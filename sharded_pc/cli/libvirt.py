@@ -15,13 +15,19 @@ class Libvirt:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         words = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-        text = "put our emulator into incoming domains that [hook] of /etc/sharded-pc.toml chooses"
-        words.add_parser("install-hook", help=text, description=text)
+        text = "put our emulator into incoming domains; guests and least-memory of"
+        text += " /etc/sharded-pc.toml say which"
+        install = words.add_parser("install-hook", help=text, description=text)
+        install.add_argument(
+            "--emulator", metavar="PATH", help="default: the one beside this command"
+        )
 
     def run(self, args: argparse.Namespace) -> int:
-        from sharded_pc.libvirt import hook
-        from sharded_pc.libvirt.install import install_hook
+        from pathlib import Path
 
-        print(f"installed {install_hook()}; the rule is [hook] in {hook.SETTINGS}")
+        from sharded_pc.libvirt.install import emulator, install_hook
+
+        ours = Path(args.emulator).absolute() if args.emulator else emulator()
+        print(f"installed {install_hook(ours)}: chosen domains get {ours}")
         print("libvirt sees its first hook when it is restarted: systemctl restart libvirtd")
         return int(ExitCode.COMPLETED)

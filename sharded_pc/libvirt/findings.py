@@ -13,6 +13,7 @@ from sharded_pc.host import Finding
 from sharded_pc.host.finding import fact, optional, required
 from sharded_pc.libvirt import confined, hook, install
 from sharded_pc.libvirt.confined import Answer
+from sharded_pc.libvirt.hook import Rule
 from sharded_pc.libvirt.qemu_conf import PLACE, QemuConf
 
 DEVICE = "/dev/userfaultfd"
@@ -46,24 +47,27 @@ class Host:
     """they leave our folders in /tmp alone; None: no systemd-tmpfiles here"""
     hook: str | None
     """the installed one"""
-    rule: dict | str
-    """the hook's settings, or what is wrong with them"""
+    hook_is_ours: bool
+    """this version's"""
+    rule: Rule | str
+    """the hook's, or what is wrong with it"""
 
     @classmethod
     def read(cls, root: Path = Path("/")) -> Host:
         """Of this machine, with the files below `root`."""
         conf = QemuConf.read(root)
         try:
-            rule: dict | str = hook.settings(str(root / hook.SETTINGS.lstrip("/")))
+            rule: Rule | str = hook.read_rule(str(root / hook.SETTINGS.lstrip("/")))
         except hook.Unusable as error:
             rule = str(error)
-        emulator = (rule if isinstance(rule, dict) else {}).get("emulator", hook.EMULATOR)
+        installed = _said(root, install.PLACE)
+        emulator = install.emulator_of(installed or "") or install.emulator()
         cleaned = [root / each for each in TMPFILES if (root / each).is_dir()]
         return cls(
             conf=conf,
             answer=confined.check(conf),
-            emulator=emulator,
-            emulator_there=os.access(root / emulator.lstrip("/"), os.X_OK),
+            emulator=str(emulator),
+            emulator_there=os.access(root / str(emulator).lstrip("/"), os.X_OK),
             device_there=(root / DEVICE.lstrip("/")).exists(),
             everybody_may=_said(root, "proc/sys/vm/unprivileged_userfaultfd") == "1",
             apparmor=_said(root, "sys/module/apparmor/parameters/enabled") == "Y",
@@ -71,7 +75,8 @@ class Host:
             selinux=_said(root, "sys/fs/selinux/enforce") == "1",
             tmpfiles=any(MARK in each.read_text() for folder in cleaned for each in
                          folder.glob("*.conf")) if cleaned else None,
-            hook=_said(root, install.PLACE),
+            hook=installed,
+            hook_is_ours=installed == install.hook_text(emulator).strip(),
             rule=rule,
         )  # fmt: skip
 
@@ -150,10 +155,10 @@ def tmpfiles(host: Host) -> Finding | None:
 def hook_installed(host: Host) -> Finding:
     """A domain may have the emulator without it."""
     if host.hook is None:
-        detail, ok = "not installed: only domains whose XML names the emulator get it", False
+        detail = "not installed: only domains whose XML names the emulator get it"
     else:
-        ok = host.hook.partition("\n")[2].strip() == Path(hook.__file__).read_text().strip()
-        detail = "installed" if ok else "another version's is installed"
+        detail = "installed" if host.hook_is_ours else "another version's is installed"
+    ok = host.hook is not None and host.hook_is_ours
     return optional("hook", ok, detail, "sharded-pc libvirt install-hook")
 
 
@@ -162,10 +167,8 @@ def hook_rule(host: Host) -> Finding | None:
         return None
     if isinstance(host.rule, str):
         return optional("hook's rule", False, host.rule, f"mend {hook.SETTINGS}")
-    chooses = {key: host.rule[key] for key in ("all", "memory", "domains") if host.rule.get(key)}
-    detail = ", ".join(f"{key} {value}" for key, value in chooses.items()) or "chooses no domain"
-    remedy = f"give [hook] in {hook.SETTINGS} a rule, see docs/libvirt.md"
-    return optional("hook's rule", bool(chooses), detail, remedy)
+    least, guests = host.rule.least_memory, ", ".join(host.rule.guests) or "none"
+    return fact("hook's rule", f"guests {guests}, with at least {least} bytes of memory")
 
 
 JUDGES = (

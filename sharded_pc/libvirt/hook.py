@@ -9,20 +9,14 @@ The file stands alone, with nothing but Python's library: it is copied to where 
 must work when the package has gone.  No migration fails because of it: whatever it cannot read or
 do ends with the domain as it was, exit code 0 and a line on stderr.
 
-The rule is in ``/etc/sharded-pc.toml``; each line alone chooses, and without any no domain is
-chosen:
-
-    [hook]
-    memory = "64 GiB"              # domains with at least so much memory
-    domains = ["db-*", "builder"]  # by name, with shell patterns
-    all = true
-
-It may also have `emulator`, the path of ours, and `qemu`, for a domain that comes with our emulator
-and is not chosen here.
+The rule is the emulator's own (emulator/settings.py): `guests` and `least-memory` of
+``/etc/sharded-pc.toml``. Of its other keys only `qemu` is of interest here: what a domain gets that
+comes with our emulator and is not chosen.  Without the file every domain is chosen.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import html
 import json
@@ -33,18 +27,20 @@ import tomllib
 from xml.parsers import expat
 
 SETTINGS = "/etc/sharded-pc.toml"
-EMULATOR = "/usr/bin/sharded-pc-qemu"
-QEMU = "/usr/bin/qemu-system-x86_64"
+EMULATOR = "/usr/bin/sharded-pc-emulator"
+"""In the installed copy it is the one of the package that was installed from."""
+QEMU = "qemu-system-x86_64"
 ANNOTATION = "sharded-pc/emulator"
 """Of a VMI: another emulator than EMULATOR."""
 
-KEYS = {"memory": str, "domains": list, "all": bool, "emulator": str, "qemu": str}
 UNITS = {"b": 1, "bytes": 1} | {
     unit: step**power
     for power, letter in enumerate("kmgt", 1)
     for unit, step in ((letter, 1024), (f"{letter}ib", 1024), (f"{letter}b", 1000))
 }
 """libvirt's units of memory (libvirt.org/formatdomain.html), in lower case, in bytes."""
+SUFFIXES = {letter: 1024**power for power, letter in enumerate("BKMGTPE")}
+"""QEMU's, for least-memory."""
 
 
 class Unusable(Exception):
@@ -126,55 +122,69 @@ class Domain:
 
 
 def size(text: str) -> int:
-    """Bytes of "64 GiB"; Unusable for anything else."""
+    """Bytes of libvirt's "64 GiB"; Unusable for anything else."""
     found = re.fullmatch(r"\s*([0-9]+)\s*([A-Za-z]+)\s*", text)
     if not found or found[2].lower() not in UNITS:
-        raise Unusable(f"{text!r} is no size: a number and one of {', '.join(UNITS)}")
+        raise Unusable(f"{text!r} is no amount of memory")
     return int(found[1]) * UNITS[found[2].lower()]
 
 
 # --- the rule ---
 
 
-def settings(path: str = SETTINGS) -> dict:
-    """The table hook; empty without a file.  Unusable if it does not hold what it should."""
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """`guests`: shell patterns of names; `least_memory`: bytes; `qemu`: a path."""
+
+    guests: tuple[str, ...] = ("*",)
+    least_memory: int = 0
+    qemu: str = f"/usr/bin/{QEMU}"
+
+    def chooses(self, domain: Domain) -> bool:
+        """Only domains of QEMU on x86-64 can be received in shards."""
+        return (
+            domain.kind in ("kvm", "qemu")
+            and domain.arch in ("x86_64", "")
+            and domain.memory >= self.least_memory
+            and any(fnmatch.fnmatchcase(domain.name, each) for each in self.guests)
+        )
+
+
+def read_rule(path: str = SETTINGS) -> Rule:
+    """Unusable if the file cannot be read or says something else."""
     try:
         with open(path, "rb") as file:
-            table = tomllib.load(file).get("hook", {})
+            keys = tomllib.load(file)
     except FileNotFoundError:
-        return {}
+        return Rule()
     except (OSError, ValueError) as error:
         raise Unusable(f"{path}: {error}") from None
-    for key, value in table.items():
-        if key not in KEYS:
-            raise Unusable(f"{path}: [hook] has no {key!r}, only {', '.join(KEYS)}")
-        if not isinstance(value, KEYS[key]):
-            raise Unusable(f"{path}: [hook] {key} must be a {KEYS[key].__name__}")
-    return table
+    guests, qemu = keys.get("guests", ["*"]), keys.get("qemu", QEMU)
+    if not isinstance(guests, list) or not all(isinstance(each, str) for each in guests):
+        raise Unusable(f"{path}: guests must be a list of patterns")
+    if not isinstance(qemu, str):
+        raise Unusable(f"{path}: qemu must be a path")
+    least = _suffixed(path, keys.get("least-memory", 0))
+    return Rule(tuple(guests), least, os.path.join("/usr/bin", qemu))
 
 
-def chosen(domain: Domain, rule: dict) -> bool:
-    """Whether the rule wants this domain received in shards; only QEMU on x86-64 can be."""
-    if domain.kind not in ("kvm", "qemu") or domain.arch not in ("x86_64", ""):
-        return False
-    return bool(
-        rule.get("all")
-        or any(fnmatch.fnmatchcase(domain.name, str(each)) for each in rule.get("domains", ()))
-        or ("memory" in rule and domain.memory >= size(rule["memory"]))
-    )
+def _suffixed(path: str, value: object) -> int:
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([BKMGTPE]?)", str(value).strip().upper())
+    if not found or isinstance(value, bool):
+        raise Unusable(f"{path}: least-memory {value!r} is no size such as 64G")
+    return int(float(found[1]) * SUFFIXES[found[2] or "B"])
 
 
-def incoming(text: bytes, rule: dict) -> bytes:
+def incoming(text: bytes, rule: Rule) -> bytes:
     """The XML to take instead of `text`; empty: that is as it should be."""
     domain = Domain(text)
-    ours, plain = rule.get("emulator", EMULATOR), rule.get("qemu", QEMU)
-    if chosen(domain, rule):
-        if not os.access(ours, os.X_OK):
-            raise Unusable(f"{domain.name} is to have {ours}, which is no executable here")
-        return b"" if domain.emulator == ours else domain.with_emulator(ours)
+    if rule.chooses(domain):
+        if not os.access(EMULATOR, os.X_OK):
+            raise Unusable(f"{domain.name} is to have {EMULATOR}, which is no executable here")
+        return b"" if domain.emulator == EMULATOR else domain.with_emulator(EMULATOR)
     # It ran in shards where it comes from.
-    if os.path.basename(domain.emulator or "") == os.path.basename(ours):
-        return domain.with_emulator(plain)
+    if os.path.basename(domain.emulator or "") == os.path.basename(EMULATOR):
+        return domain.with_emulator(rule.qemu)
     return b""
 
 
@@ -183,7 +193,7 @@ def incoming(text: bytes, rule: dict) -> bytes:
 
 def of_libvirt(words: list[str]) -> bytes:
     text = sys.stdin.buffer.read()  # in any case: libvirt writes it
-    return incoming(text, settings()) if words[1:3] == ["migrate", "begin"] else b""
+    return incoming(text, read_rule()) if words[1:3] == ["migrate", "begin"] else b""
 
 
 def of_kubevirt(words: list[str]) -> bytes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+import uuid
 from pathlib import Path
+from typing import Any
 
 from tests.libvirt.host import TIMEOUT_S, Host
 from tests.qemu import wait_until
@@ -12,6 +14,7 @@ MEMORY_MIB = 16
 XML = """
 <domain type='qemu'>
   <name>{name}</name>
+  <uuid>{uuid}</uuid>
   <memory unit='MiB'>{memory}</memory>
   {backing}
   <vcpu>1</vcpu>
@@ -33,8 +36,8 @@ XML = """
 </domain>
 """
 TCP = "tcp:127.0.0.1"
-SLOWLY = ("--bandwidth", "32", "--postcopy-bandwidth", "32")
-"""MiB/s: the guest writes more than that, so that precopy never ends by itself."""
+MIB_S = 32
+"""The guest writes more than that, so that precopy never ends by itself."""
 QEMU = "/usr/bin/qemu-system-x86_64"
 
 
@@ -46,7 +49,14 @@ class Domain:
         backing: str = "",
     ) -> None:  # fmt: skip
         self.name = name
-        self._fields = {"name": name, "memory": memory_mib, "image": image, "backing": backing}
+        number = uuid.uuid5(uuid.NAMESPACE_URL, name)  # libvirt compares it on both sides
+        self._fields = {
+            "name": name,
+            "uuid": number,
+            "memory": memory_mib,
+            "image": image,
+            "backing": backing,
+        }
         self._emulator = emulator
 
     def xml(self, emulator: str | None = None) -> str:
@@ -59,17 +69,20 @@ class Domain:
         host.virsh("create", file)
         wait_until(lambda: "F" in self.said(host), f"{self.name}'s memory filled")
 
-    def migrate(
-        self, source: Host, to: Host, *options: str, uri: str = TCP, xml: str | None = None
-    ) -> str:
+    def migrate(self, source: Host, to: Host, *options: str, **more: Any) -> str:
         """Live, slowly enough that it does not end in precopy by itself; what virsh prints."""
-        return source.finish(self.start_migration(source, to, *options, uri=uri, xml=xml))
+        return source.finish(self.start_migration(source, to, *options, **more))
 
     def start_migration(
-        self, source: Host, to: Host, *options: str, uri: str = TCP, xml: str | None = None
-    ) -> subprocess.Popen[str]:
-        """For ``source.finish``."""
-        words = ["--live", "--unsafe", *SLOWLY, *options]
+        self, source: Host, to: Host, *options: str, uri: str = TCP, xml: str | None = None,
+        mib_s: int | None = MIB_S, postcopy_mib_s: int = MIB_S,
+    ) -> subprocess.Popen[str]:  # fmt: skip
+        """For ``source.finish``; ``mib_s`` None: as fast as it can."""
+        words = ["--live", "--unsafe", *options]
+        if mib_s is not None:
+            words += ["--bandwidth", str(mib_s)]
+        if "--postcopy" in options:
+            words += ["--postcopy-bandwidth", str(postcopy_mib_s)]
         if uri == TCP:
             words += ["--listen-address", "127.0.0.1"]
         if xml:

@@ -19,6 +19,10 @@ from tests.qemu import VmError, wait_until
 from tests.qemu.backports import QemuBinary
 
 TIMEOUT_S = 40.0
+ITS_OWN = ("cat", "libvirtd", "sh -c ps", "ps -eo")
+"""Command lines of a host without domains."""
+NOISE = re.compile("ethtool|At least one cgroup controller")
+"""Errors that mean nothing: there are network devices outside, and no cgroups are wanted."""
 DAEMON_PID = "/run/libvirtd.pid"
 
 
@@ -105,6 +109,11 @@ class Host:
         lines = (line.split(None, 1) for line in listing.splitlines())
         return [int(pid) for pid, args in lines if text in args and not args.startswith("ps ")]
 
+    def left(self) -> list[str]:
+        """What domains have left: processes, and files in /dev/shm."""
+        lines = self.run("sh", "-c", "ps -eo args --no-headers; ls -A /dev/shm").splitlines()
+        return [each for each in lines if not each.startswith(ITS_OWN)]
+
     def qemu(self, domain: str) -> int:
         """The number in this host that libvirt has for a domain's QEMU."""
         return int((self.folder / f"run/libvirt/qemu/{domain}.pid").read_text())
@@ -170,7 +179,9 @@ class Host:
 
     def _errors(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
-        return "\n".join([each for each in lines if ": error : " in each][-10:])
+        return "\n".join(
+            [each for each in lines if ": error : " in each and not NOISE.search(each)][-6:]
+        )
 
 
 def _virsh(uri: str, *words: object) -> list[str]:
