@@ -59,6 +59,9 @@ class TestFile:
         assert says in str(caught.value)
 
 
+MON = "-mon m,mode=control"
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
@@ -72,6 +75,9 @@ class TestFile:
         (f"{SOCKET} -mon chardev=charmonitor,mode=readline", None),
         (f"{CONTROL}", None),
         ("-qmp stdio", None),
+        (f'-chardev {{"id":"m","backend":{{"type":"socket","data":{{"addr":[]}}}}}} {MON}', None),
+        (f'-chardev {{"id":"m","backend":{{"type":"socket","data":[]}}}} {MON}', None),
+        (f"-chardev socket,id=m,fd=²,server=on {MON}", None),
     ],
 )
 def test_monitor(text, found):

@@ -3,6 +3,7 @@ migration comes from."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,19 +50,23 @@ def monitor_listener(arguments: Sequence[str]) -> str | None:
 def _chardev(option: Any) -> dict[str, Any]:
     """-chardev, in QEMU's older or in QAPI's words (ChardevOptions)."""
     values = option.values()
-    inner = values.get("backend")
-    if not isinstance(inner, dict):
+    backend = values.get("backend")
+    if not isinstance(backend, dict):
         return values
-    data = inner.get("data", {})
-    address = data.get("addr", {}).get("data", {}) if isinstance(data, dict) else {}
+    data = _object(backend.get("data"))
+    address = _object(_object(data.get("addr")).get("data"))
     flat = {
-        "backend": inner.get("type"),
+        "backend": backend.get("type"),
         "id": values.get("id"),
         "server": data.get("server", True),
     }
     if "str" in address:
         flat["fd"] = address["str"]
     return {**flat, **{key: address[key] for key in ("path",) if key in address}}
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _shorthand(text: str) -> dict[str, Any]:
@@ -76,7 +81,7 @@ def _shorthand(text: str) -> dict[str, Any]:
 def _listener(chardev: dict[str, Any]) -> str | None:
     if chardev.get("backend") != "socket" or not is_true(chardev.get("server")):
         return None
-    if "fd" in chardev and str(chardev["fd"]).isdigit():
+    if "fd" in chardev and re.fullmatch("[0-9]{1,9}", str(chardev["fd"])):
         return f"fd:{chardev['fd']}"
     path = chardev.get("path")
     return None if path is None else str(path)
