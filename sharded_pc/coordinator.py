@@ -215,7 +215,13 @@ class Coordinator:
             self._open, connections.recover, connections.pause, self._status, self._awaited_at
         )
         path = runtime_folder.runtime_path(self.settings.name, runtime_folder.RELAY)
-        self.management = Management(path, destination.monitor, incoming, resumed=self.resumes)
+        self.management = Management(
+            path,
+            destination.monitor,
+            incoming,
+            resumed=self.resumes,
+            stream_fds=self.settings.stream_fds,
+        )
         self._exit.push_async_callback(self.management.close)
         destination.relay_monitor(listener, path)
 

@@ -54,6 +54,8 @@ class Settings:
     """how it is started (destination.Launch); None: as a child"""
     monitor: str | None = None
     """the listening socket of its monitor, where somebody manages it: "fd:N" or a path"""
+    stream_fds: tuple[int, ...] = ()
+    """descriptors given to QEMU, and to us, that `migrate-incoming fd:N` there may name"""
 
     @property
     def needs_folder(self) -> bool:

@@ -312,6 +312,8 @@ class TestManagement:
                 assert libvirt.ask("query-migrate") == {}
                 reply = libvirt.say({"execute": "migrate-incoming", "arguments": {"uri": "rdma:x"}})
                 assert "expected tcp:HOST:PORT" in reply["error"]["desc"]
+                reply = libvirt.say({"execute": "migrate-incoming", "arguments": {"uri": "fd:3"}})
+                assert "its receiver does not have it" in reply["error"]["desc"]
                 uri = f"unix:{tmp_path}/in"
                 libvirt.ask("migrate-incoming", uri=uri)
                 assert libvirt.ask("query-migrate")["status"] == "setup"

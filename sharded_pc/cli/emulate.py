@@ -35,6 +35,7 @@ class Emulate:
         parser.add_argument("--settings", required=True, metavar="FOLDER")
         parser.add_argument("--pid", required=True, type=int)
         parser.add_argument("--answer-fd", required=True, type=int, help="-1: a dead one's place")
+        parser.add_argument("--stream-fds", default="", help="a migration may come by these")
         parser.set_defaults(qemu=[])
 
     def run(self, args: argparse.Namespace) -> int:
@@ -112,6 +113,7 @@ def _settings(args: argparse.Namespace, place: Place) -> Settings:
         qemu=words,
         launch=place.become,
         monitor=listener,
+        stream_fds=tuple(map(int, filter(None, args.stream_fds.split(",")))),
     )
 
 

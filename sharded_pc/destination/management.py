@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from qemu.qmp import ExecuteError
 
-from sharded_pc.address import Address, TcpAddress, UnixAddress, parse
+from sharded_pc.address import Address, FdAddress, TcpAddress, UnixAddress, parse
 from sharded_pc.destination.monitor import Monitor
 from sharded_pc.destination.relay import Relay
 from sharded_pc.errors import QmpError, ShardedPcError
@@ -49,16 +49,24 @@ class Incoming:
 
 class Management:
     """`path` is the socket of QEMU's relay, `qemu` our own monitor.  `resumed`: it was a dead
-    receiver's, who has been told which events are wanted."""
+    receiver's, who has been told which events are wanted.  `stream_fds`: of QEMU's descriptors,
+    those that this process has as well."""
 
     def __init__(
-        self, path: str, qemu: Monitor, incoming: Incoming, *, resumed: bool = False
+        self,
+        path: str,
+        qemu: Monitor,
+        incoming: Incoming,
+        *,
+        resumed: bool = False,
+        stream_fds: Iterable[int] = (),
     ) -> None:
         self._qemu = qemu
         self._incoming = incoming
         self._capabilities = dict.fromkeys(OURS, False)
         """of ours, as they were set"""
         self._events = resumed
+        self._stream_fds = set(stream_fds)
         self._commands: Mapping[str, Callable[[dict], Awaitable[object]]] = {
             "migrate-set-capabilities": self._set_capabilities,
             "query-migrate-capabilities": self._query_capabilities,
@@ -139,10 +147,21 @@ class Management:
         return await self._qemu.execute("migrate-set-parameters", arguments)
 
     async def _migrate_incoming(self, arguments: dict) -> None:
-        self._incoming.open(_uri(arguments))
+        self._incoming.open(self._address(arguments))
 
     async def _migrate_recover(self, arguments: dict) -> None:
-        self._incoming.recover(_uri(arguments))
+        self._incoming.recover(self._address(arguments))
+
+    def _address(self, arguments: dict) -> Address:
+        found = parse(_uri(arguments))
+        if isinstance(found, FdAddress):
+            if found.fd not in self._stream_fds:
+                raise QmpError(
+                    f"{found}: QEMU was not started with this descriptor for a stream, and its "
+                    f"receiver does not have it: give a tcp: or unix: address"
+                )
+            self._stream_fds.remove(found.fd)  # whoever opens it closes it
+        return found
 
     async def _migrate_pause(self, arguments: dict) -> None:
         self._incoming.pause()
@@ -178,16 +197,16 @@ def _pairs(arguments: dict) -> dict[str, bool]:
         raise QmpError("Parameter 'capabilities' is missing") from None
 
 
-def _uri(arguments: dict) -> Address:
+def _uri(arguments: dict) -> str:
     """`uri`, or the only one of `channels` (QEMU 8.2)."""
     channels = arguments.get("channels")
     if isinstance(channels, list):
         if len(channels) != 1 or "uri" in arguments:
             raise QmpError("Channel list must have only one entry, for type 'main'")
-        return parse(_channel_uri(channels[0]))
+        return _channel_uri(channels[0])
     if not isinstance(arguments.get("uri"), str):
         raise QmpError("Parameter 'uri' is missing")
-    return parse(arguments["uri"])
+    return arguments["uri"]
 
 
 def _channel_uri(channel: Any) -> str:

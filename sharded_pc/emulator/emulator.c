@@ -15,6 +15,8 @@
  *   .  the last one
  */
 #define _GNU_SOURCE
+#include <ctype.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <libgen.h>
@@ -26,11 +28,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { EXIT_FAILED = 1, ANSWER_MS = 60000, ANSWER_ROOM = 4 << 20, DEATHS_MOST = 5 };
+enum { EXIT_FAILED = 1, ANSWER_MS = 60000, ANSWER_ROOM = 4 << 20, DEATHS_MOST = 5, STREAMS_MOST = 8 };
 
 #define DEFAULT_QEMU "qemu-system-x86_64"
 #define SETTINGS "sharded-pc.toml"
@@ -145,7 +148,7 @@ __attribute__((noreturn)) static void become(const char *qemu, char **argv)
 
 /* --- the receiver --- */
 
-/* A descriptor that is the receiver's alone: where the stream comes from, with -incoming fd:N. */
+/* With -incoming fd:N, that one; -1. */
 static int stream_of(const char *incoming)
 {
     int fd;
@@ -171,6 +174,45 @@ static void close_others(const int *kept, size_t n)
     close_between(from, UINT_MAX);
 }
 
+/* Is the descriptor one that QEMU's arguments give to something: fd=26, vhostfds=30:31, "str":"26"? */
+static bool is_named(int fd, char **argv)
+{
+    char number[16];
+    int len = snprintf(number, sizeof number, "%d", fd);
+    for (; *argv; argv++) {
+        if (!strstr(*argv, "fd"))
+            continue;
+        for (const char *at = *argv; (at = strstr(at, number)); at++)
+            if (at > *argv && strchr("=:\"", at[-1]) && !isdigit((unsigned char)at[len]))
+                return true;
+    }
+    return false;
+}
+
+/* Descriptors that are the receiver's alone: -incoming fd:N, else those that no argument says a use of,
+ * for which `migrate-incoming fd:N` may come (libvirt's restore, and its tunnel). */
+static size_t find_streams(const char *incoming, char **argv, int *fds)
+{
+    size_t n = 0;
+    if (stream_of(incoming) >= 0) {
+        fds[0] = stream_of(incoming);
+        return 1;
+    }
+    DIR *dir = opendir("/proc/self/fd");
+    struct stat st;
+    for (struct dirent *each; dir && n < STREAMS_MOST && (each = readdir(dir));) {
+        int fd = atoi(each->d_name); /* ".", "..": standard input, as good as none */
+        if (fd <= STDERR_FILENO || fcntl(fd, F_GETFD) & FD_CLOEXEC || fstat(fd, &st))
+            continue;
+        if ((S_ISREG(st.st_mode) || S_ISFIFO(st.st_mode) || S_ISSOCK(st.st_mode)) &&
+            !is_named(fd, argv))
+            fds[n++] = fd;
+    }
+    if (dir)
+        closedir(dir);
+    return n;
+}
+
 static int by_number(const void *a, const void *b)
 {
     return *(const int *)a - *(const int *)b;
@@ -183,18 +225,28 @@ typedef struct place {
     int pidfd;          /* of the same */
     char **argv;
     int argc;
+    int *streams; /* descriptors that the migration may come by */
+    size_t n_streams;
 } place;
+
+static void close_streams(place *p)
+{
+    while (p->n_streams)
+        close(p->streams[--p->n_streams]);
+}
 
 /* `sharded-pc emulate` as a child; its number, or -1.  Without a pipe for its answer (-1) it takes a
  * dead one's place. */
 static pid_t spawn_receiver(const place *p, int answer)
 {
-    char pid[32], fd[32];
+    char pid[32], fd[32], streams[STREAMS_MOST * 12 + 1] = "";
     const char *first[] = {p->s->receiver, "emulate", "--settings", p->folder, "--pid", pid,
-                           "--answer-fd", fd, "--", p->s->qemu};
+                           "--answer-fd", fd, "--stream-fds", streams, "--", p->s->qemu};
     size_t n = sizeof first / sizeof *first;
     snprintf(pid, sizeof pid, "%d", p->qemu);
     snprintf(fd, sizeof fd, "%d", answer);
+    for (size_t i = 0, at = 0; i < p->n_streams; i++)
+        at += (size_t)snprintf(streams + at, sizeof streams - at, at ? ",%d" : "%d", p->streams[i]);
     pid_t child = fork();
     if (child)
         return child;
@@ -212,18 +264,18 @@ static pid_t spawn_receiver(const place *p, int answer)
 
 /* Notices a receiver's death, of which QEMU's guest may be in need of another; as long as that takes.
  * One that ends by itself has said why. */
-__attribute__((noreturn)) static void supervise(const place *p, int answer, int stream)
+__attribute__((noreturn)) static void supervise(place *p, int answer)
 {
-    int kept[] = {answer, stream, p->pidfd}, status;
-    qsort(kept, 3, sizeof *kept, by_number);
-    close_others(kept, 3);
+    int kept[STREAMS_MOST + 2] = {answer, p->pidfd}, status;
+    memcpy(kept + 2, p->streams, p->n_streams * sizeof *kept);
+    qsort(kept, p->n_streams + 2, sizeof *kept, by_number);
+    close_others(kept, p->n_streams + 2);
     for (int deaths = 0; deaths < DEATHS_MOST; deaths++) {
         pid_t receiver = spawn_receiver(p, answer);
         if (answer >= 0)
             close(answer);
-        if (stream >= 0)
-            close(stream);
-        answer = stream = -1;
+        answer = -1;
+        close_streams(p);
         struct pollfd qemu = {.fd = p->pidfd, .events = POLLIN};
         if (receiver < 0 || waitpid(receiver, &status, 0) < 0 || !WIFSIGNALED(status) ||
             poll(&qemu, 1, 0) > 0)
@@ -235,7 +287,7 @@ __attribute__((noreturn)) static void supervise(const place *p, int answer, int 
 }
 
 /* The answer's end of a pipe, or -1 and errno.  Forked twice: QEMU gets no child. */
-static int start_receiver(const place *p, const char *incoming)
+static int start_receiver(place *p)
 {
     int ends[2];
     if (pipe2(ends, O_CLOEXEC))
@@ -246,7 +298,7 @@ static int start_receiver(const place *p, const char *incoming)
         pid_t supervisor = fork();
         if (supervisor)
             _exit(supervisor < 0);
-        supervise(p, ends[1], stream_of(incoming));
+        supervise(p, ends[1]);
     }
     close(ends[1]);
     int status = -1;
@@ -314,8 +366,10 @@ int main(int argc, char **argv)
     if (!incoming)
         become(s.qemu, argv);
     char *text = malloc(ANSWER_ROOM);
-    place p = {&s, invoked, getpid(), (int)syscall(SYS_pidfd_open, getpid(), 0), argv, argc};
-    int from = text && p.pidfd >= 0 ? start_receiver(&p, incoming) : -1;
+    int streams[STREAMS_MOST];
+    place p = {&s, invoked, getpid(), (int)syscall(SYS_pidfd_open, getpid(), 0), argv, argc, streams,
+               find_streams(incoming, argv, streams)};
+    int from = text && p.pidfd >= 0 ? start_receiver(&p) : -1;
     close(p.pidfd);
     if (from < 0)
         stand_aside(&s, strerror(errno), argv);
@@ -323,7 +377,7 @@ int main(int argc, char **argv)
     close(from);
     if (!len)
         stand_aside(&s, "the receiver has ended, or hangs (its message may stand above)", argv);
-    if (text[0] != 'm' && stream_of(incoming) >= 0)
-        close(stream_of(incoming)); /* the receiver has it */
+    if (text[0] != 'm')
+        close_streams(&p); /* the receiver has them */
     obey(&s, text, len, argv);
 }

@@ -10,7 +10,8 @@ from typing import Any
 from tests.libvirt.host import TIMEOUT_S, Host
 from tests.qemu import wait_until
 
-MEMORY_MIB = 16
+MEMORY_MIB = 96
+"""The guest faults all of it in within seconds, so in postcopy there is that much time."""
 XML = """
 <domain type='qemu'>
   <name>{name}</name>
@@ -36,7 +37,7 @@ XML = """
 </domain>
 """
 TCP = "tcp:127.0.0.1"
-MIB_S = 32
+MIB_S = 128
 """The guest writes more than that, so that precopy never ends by itself."""
 QEMU = "/usr/bin/qemu-system-x86_64"
 
@@ -48,7 +49,7 @@ class Domain:
         self, name: str, image: Path, *, memory_mib: int = MEMORY_MIB, emulator: str = QEMU,
         backing: str = "",
     ) -> None:  # fmt: skip
-        self.name = name
+        self.name, self.memory_mib = name, memory_mib
         number = uuid.uuid5(uuid.NAMESPACE_URL, name)  # libvirt compares it on both sides
         self._fields = {
             "name": name,
@@ -74,10 +75,11 @@ class Domain:
         return source.finish(self.start_migration(source, to, *options, **more))
 
     def start_migration(
-        self, source: Host, to: Host, *options: str, uri: str = TCP, xml: str | None = None,
+        self, source: Host, to: Host, *options: str, uri: str | None = TCP, xml: str | None = None,
         mib_s: int | None = MIB_S, postcopy_mib_s: int = MIB_S,
     ) -> subprocess.Popen[str]:  # fmt: skip
-        """For ``source.finish``; ``mib_s`` None: as fast as it can."""
+        """For ``source.finish``; ``mib_s`` None: as fast as it can; ``uri`` None: libvirt's own
+        connection is to carry it."""
         words = ["--live", "--unsafe", *options]
         if mib_s is not None:
             words += ["--bandwidth", str(mib_s)]
@@ -89,7 +91,7 @@ class Domain:
             file = to.folder / f"{self.name}-incoming.xml"
             file.write_text(xml)
             words += ["--xml", str(file)]
-        return source.start_virsh("migrate", *words, self.name, to.uri, uri)
+        return source.start_virsh("migrate", *words, self.name, to.uri, *([uri] if uri else []))
 
     def said(self, host: Host, since: int = 0) -> str:
         """What it printed while it ran there."""

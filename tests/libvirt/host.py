@@ -105,7 +105,8 @@ class Host:
 
     def processes(self, text: str) -> list[int]:
         """Numbers in this host of processes that have this in their command line, oldest first."""
-        listing = self.run("ps", "-eo", "pid,args", "--sort", "start_time,pid", "--no-headers")
+        order = ("--sort", "start_time,pid")
+        listing = self.run("ps", "-ww", "-eo", "pid,args", *order, "--no-headers")
         lines = (line.split(None, 1) for line in listing.splitlines())
         return [int(pid) for pid, args in lines if text in args and not args.startswith("ps ")]
 
