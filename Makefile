@@ -25,6 +25,7 @@ CORE := $(wildcard sharded_pc/native/*.[ch] sharded_pc/native/*/*.[ch] sharded_p
                    sharded_pc/attach/preload/*.c sharded_pc/attach/preload/*.h \
                    sharded_pc/attach/monitor/*.c sharded_pc/attach/monitor/*.h \
                    sharded_pc/emulator/*.c \
+                   sharded_pc/attach/program/*.c sharded_pc/attach/program/*.h \
                    sharded_pc/native/CMakeLists.txt)
 PACKAGES := $(sort $(dir $(wildcard sharded_pc/*/__init__.py sharded_pc/*/*/__init__.py)))
 RUFF := $(VENV)/.ruff

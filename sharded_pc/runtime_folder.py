@@ -38,6 +38,14 @@ def places(name: str) -> list[Path]:
     return [Path(own) / f"sharded-pc-{name}", shared] if os.path.isabs(own) else [shared]
 
 
+def places_of(uid: int, name: str) -> list[Path]:
+    """Where a folder of another user's receiver stands if its environment is the usual one;
+    UsageError."""
+    check_name(name)
+    shared = Path(tempfile.gettempdir()) / f"sharded-pc-{uid}-{name}"
+    return [Path(f"/run/user/{uid}/sharded-pc-{name}"), shared]
+
+
 def runtime_path(name: str, what: str) -> str:
     """Where a receiver's socket stands unless the user says otherwise; UsageError."""
     path = str(places(name)[0] / what)

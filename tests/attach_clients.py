@@ -116,6 +116,7 @@ GREETINGS: Table = {
     "version 2": (attach_with(version=2), "attach version 2, expected 1"),
     "no version": (attach_with(version=None), "attach version None, expected 1"),
     "no modes": (attach_with(modes=[]), r"attach modes \[\], expected a list with 'missing'"),
+    "no process": (attach_with(pid=0), "attach for process 0: that is no number of one"),
     "unknown modes": (attach_with(modes=["minor", ["x"]]), "attach modes"),
     "modes that are none": (attach_with(modes="missing"), "attach modes 'missing'"),
     "an early descriptor": (early, "1 descriptors came before they were asked for"),

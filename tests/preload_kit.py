@@ -155,6 +155,9 @@ class Source:
         """Precopy, and the switch; returns when the guest may run."""
         self.source.precopy()
         self.source.switch()
+        self.wait_running()
+
+    def wait_running(self) -> None:
         wait_until(lambda: PONG_RUNNING in self.source.back.pongs, "the switch", WAIT_S)
 
     @contextlib.contextmanager

@@ -14,6 +14,7 @@ from sharded_pc.wire.multifd import Flag
 
 NATIVE = Path(__file__).parent.parent / "sharded_pc" / "native"
 GUEST = NATIVE.parent / "attach" / "guest"
+PROGRAM = NATIVE.parent / "attach" / "program"
 TESTS = Path(__file__).parent / "native"
 SECONDS = 100
 
@@ -72,6 +73,11 @@ def test_guests_that_change_meanwhile(tmp_path: Path) -> None:
     """The kernel's part is the program's, so that a guest can come in the middle of a call."""
     without = ("uffd", "fault", "place", "worker", "ahead", "floor")
     run([build(tmp_path / "test_guests", ADDRESS, ("test_guests", "world"), without)])
+
+
+def test_views_of_a_segment(tmp_path: Path) -> None:
+    """What a program has mapped, with every way of cutting it."""
+    run([build(tmp_path / "views", ADDRESS, ("test_views",), core=[PROGRAM / "views.c"])])
 
 
 @pytest.mark.parametrize("sanitizer", [ADDRESS, THREAD], ids=["address", "thread"])

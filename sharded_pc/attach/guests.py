@@ -21,7 +21,6 @@ from sharded_pc.native.control import MAX_GUESTS
 from sharded_pc.processes import is_alive
 from sharded_pc.shm import Segment
 from sharded_pc.transport import fds
-from sharded_pc.transport.peers import peer_of
 
 log = logging.getLogger(__name__)
 
@@ -98,9 +97,9 @@ class AttachedGuests:
             await asyncio.sleep(LOOK_SECONDS)
             waited += LOOK_SECONDS
 
-    def note(self, client: socket.socket) -> None:
+    def note(self, pid: int) -> None:
         """It came after the end, and needs nobody."""
-        self._pids.add(peer_of(client).pid)
+        self._pids.add(pid)
 
     def broken(self, slot: int, text: str) -> None:
         """A worker cannot serve this guest."""
@@ -119,26 +118,28 @@ class AttachedGuests:
     async def admit(
         self,
         client: socket.socket,
+        pid: int,
         uffds: list[int],
         ram: Geometry,
         addresses: list[int],
         mode: str,
     ) -> int:
-        """The slot of a client that hands these userfaultfds over, which are closed here; it has
-        been told.  AttachError."""
+        """The slot of a client that hands the userfaultfds of process `pid` over, which are closed
+        here; it has been told.  AttachError."""
         async with self._admission:
-            return await self._admit(client, uffds, ram, addresses, mode)
+            return await self._admit(client, pid, uffds, ram, addresses, mode)
 
     async def _admit(
         self,
         client: socket.socket,
+        pid: int,
         uffds: list[int],
         ram: Geometry,
         addresses: list[int],
         mode: str,
     ) -> int:
         try:
-            slot = self._take_slot(client, uffds, ram.shards, self._memory.blocks, addresses)
+            slot = self._take_slot(pid, uffds, ram.shards, self._memory.blocks, addresses)
             try:
                 await self._add(slot, addresses, protocol.MODES[mode], uffds)
             except (ShardError, HostError, OSError) as error:
@@ -147,7 +148,7 @@ class AttachedGuests:
                 raise AttachError(str(error)) from None
         finally:
             _close(uffds)
-        self._enter(slot, client)
+        self._enter(slot, client, pid)
         if slot in self._broken:
             self.broken(slot, self._broken.pop(slot))
         if self.last_word is not None:
@@ -156,7 +157,7 @@ class AttachedGuests:
 
     def _take_slot(
         self,
-        client: socket.socket,
+        pid: int,
         uffds: list[int],
         shards: int,
         segments: Sequence[Segment],
@@ -168,22 +169,23 @@ class AttachedGuests:
                 f"{len(uffds)} userfaultfds handed over, expected one for each of {shards} shards"
             )
         _check_uffds(uffds)
-        check_mapped(peer_of(client).pid, segments, addresses)
+        check_mapped(pid, segments, addresses)
         if not self._free:
             raise AttachError(f"{MAX_GUESTS} guests are attached already; close one first")
         slot = self._free.pop(0)
         self._broken.pop(slot, None)
         return slot
 
-    def _enter(self, slot: int, client: socket.socket) -> None:
+    def _enter(self, slot: int, client: socket.socket, pid: int) -> None:
         self._guests[slot] = client
-        self._pids.add(peer_of(client).pid)
-        self._memory.control.note_guest(slot, peer_of(client).pid)
+        self._pids.add(pid)
+        self._memory.control.note_guest(slot, pid)
         tell(client, {"attached": {"guest": slot}})
 
     def reserve(
         self,
         client: socket.socket,
+        pid: int,
         uffds: list[int],
         backends: BackendSegments,
         addresses: list[int],
@@ -193,12 +195,12 @@ class AttachedGuests:
         of it waits for admit_reserved().  AttachError."""
         shards, segments = backends.geometry.shards, backends.segments
         try:
-            slot = self._take_slot(client, uffds, shards, segments, addresses)
+            slot = self._take_slot(pid, uffds, shards, segments, addresses)
         except BaseException:
             _close(uffds)
             raise
         self._reserved[slot] = _Reserved(uffds, addresses, mode)
-        self._enter(slot, client)
+        self._enter(slot, client, pid)
         return slot
 
     async def admit_reserved(self, ram: Geometry) -> None:

@@ -5,7 +5,7 @@ who   says                                                     with
 ====  =======================================================  ===========================
 C     {"attach": {"version": 1,
       "modes": ["missing", "missing+minor"],
-      ["early": true]}}
+      ["early": true], ["pid": N]}}
 R     {"geometry": {"version", "name", "mode", "stripe-size",  one memory descriptor for
       "shards", "blocks": [{"name", "size", "page-size",       each block, in order
       "first-stripe"}]}}
@@ -29,6 +29,9 @@ stands there may be touched only through a mapping that is registered so, and th
 touch its mapping before.  Instead of any answer the receiver may say {"error": {"desc": TEXT}} and
 close.  {"event": "FAILED", "desc": TEXT} after READY means that missing pages will not come from
 this receiver: accesses to them wait.
+
+"pid" is the process that has the memory, where another has connected for it (broker.py): whose
+mappings are looked at, and whose end is noticed.
 
 If the socket closes before COMPLETED, another receiver may take this one's place on the same memory
 and the same path.  The client connects there again, with pauses, and hands the same userfaultfds
@@ -54,8 +57,10 @@ MODE_OF = {Placement.COPY: "missing", Placement.CONTINUE: "missing+minor"}
 READY, COMPLETED, FAILED = "READY", "COMPLETED", "FAILED"
 
 
-def attach() -> dict:
-    return {"attach": {"version": VERSION, "modes": list(MODES)}}
+def attach(pid: int | None = None) -> dict:
+    """`pid`: of the process that has the memory, if another says this for it."""
+    body: dict = {"version": VERSION, "modes": list(MODES)}
+    return {"attach": body if pid is None else {**body, "pid": pid}}
 
 
 def geometry(name: str, ram: Geometry, mode: str | None) -> dict:
@@ -120,6 +125,14 @@ def check_attach(message: object) -> list:
     if not isinstance(modes, list) or not any(mode in modes for mode in MODES):
         raise AttachError(f"attach modes {modes!r}, expected a list with {next(iter(MODES))!r}")
     return modes
+
+
+def pid_of(message: object) -> int | None:
+    """The process that a checked `attach` is for, if it is not who says it; AttachError."""
+    pid = _body(message, "attach").get("pid")
+    if pid is not None and (type(pid) is not int or not 0 < pid < 1 << 31):
+        raise AttachError(f"attach for process {str(pid)[:80]}: that is no number of one")
+    return pid
 
 
 def choose_mode(placement: Placement, offered: list) -> str:

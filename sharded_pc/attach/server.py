@@ -19,6 +19,7 @@ from sharded_pc.native.control import MAX_GUESTS
 from sharded_pc.transport import fds
 from sharded_pc.transport.accepting import TrustedAcceptor
 from sharded_pc.transport.incoming import bind_unix
+from sharded_pc.transport.peers import peer_of
 
 log = logging.getLogger(__name__)
 
@@ -114,13 +115,14 @@ class AttachServer:
             client.close()
 
     async def _talk(self, client: socket.socket, inbox: fds.Inbox) -> None:
-        message = await self._message(client, inbox)
-        modes = protocol.check_attach(message)
+        hello = await self._message(client, inbox)
+        modes = protocol.check_attach(hello)
+        pid = protocol.pid_of(hello) or peer_of(client).pid
         if inbox.fds:  # they would be held until a source comes
             raise AttachError(f"{len(inbox.fds)} descriptors came before they were asked for")
         backends = self._memory.backends
-        if protocol.is_early(message) and backends is not None and not self._geometry.is_set():
-            await self._serve_destination(client, inbox, backends, modes)
+        if protocol.is_early(hello) and backends is not None and not self._geometry.is_set():
+            await self._serve_destination(client, inbox, pid, backends, modes)
             return
         gone = asyncio.create_task(_end_of(client))
         try:
@@ -136,14 +138,19 @@ class AttachServer:
         fds.send(client, offer, [block.fd for block in self._memory.blocks])
         addresses = protocol.check_mappings(await self._message(client, inbox), ram)
         if last_word is not None:
-            self.guests.note(client)
+            self.guests.note(pid)
             tell(client, {"attached": {"guest": -1}})
             tell(client, last_word)
             return
-        await self._serve_guest(client, inbox, ram, addresses, mode)
+        await self._serve_guest(client, inbox, pid, ram, addresses, mode)
 
     async def _serve_destination(
-        self, client: socket.socket, inbox: fds.Inbox, backends: BackendSegments, modes: list
+        self,
+        client: socket.socket,
+        inbox: fds.Inbox,
+        pid: int,
+        backends: BackendSegments,
+        modes: list,
     ) -> None:
         """Before the block list: it registers its backends, and the workers are told later
         (admit_destination)."""
@@ -151,7 +158,7 @@ class AttachServer:
         offer = protocol.geometry(self._memory.name, ram, mode)
         fds.send(client, offer, [segment.fd for segment in backends.segments])
         addresses = protocol.check_mappings(await self._message(client, inbox), ram)
-        slot = self.guests.reserve(client, inbox.take_fds(), backends, addresses, mode)
+        slot = self.guests.reserve(client, pid, inbox.take_fds(), backends, addresses, mode)
         try:
             await self._follow(client, slot)
         finally:
@@ -174,11 +181,12 @@ class AttachServer:
         self,
         client: socket.socket,
         inbox: fds.Inbox,
+        pid: int,
         ram: Geometry,
         addresses: list[int],
         mode: str,
     ) -> None:
-        slot = await self.guests.admit(client, inbox.take_fds(), ram, addresses, mode)
+        slot = await self.guests.admit(client, pid, inbox.take_fds(), ram, addresses, mode)
         try:
             await self._follow(client, slot)
         finally:

@@ -20,6 +20,7 @@ COMMANDS = {
     "receive": "sharded_pc.cli.receive:Receive",
     "run": "sharded_pc.cli.run:Run",
     "emulate": "sharded_pc.cli.emulate:Emulate",
+    "guest": "sharded_pc.cli.guest:Guest",
     "status": "sharded_pc.cli.status:Status",
     "bench": "sharded_pc.cli.bench:Bench",
     "dump": "sharded_pc.cli.dump:Dump",

@@ -9,7 +9,7 @@
  *   read OFFSET          prints a byte of the last mapping
  *   punch|remove|dontneed OFFSET   drops a page of the last mapping, the way a word says
  *   fork-read OFFSET     prints the byte that a child reads there, or the signal that ends it
- *   share                hands the last file to somebody by SCM_RIGHTS; prints how that went
+ *   share                hands the last file to somebody by SCM_RIGHTS; prints how that can map it
  *   flags                prints what the kernel does with the last mapping: hg nh dc (smaps)
  *   dofork               undoes what `map` asked for
  *   addresses            prints where the files are mapped, in order
@@ -126,12 +126,22 @@ static void share(void)
         struct cmsghdr header;
         char room[CMSG_SPACE(sizeof(int))];
     } control = {.header = {CMSG_LEN(sizeof(int)), SOL_SOCKET, SCM_RIGHTS}};
-    struct msghdr msg = {.msg_iov = &(struct iovec){"x", 1}, .msg_iovlen = 1,
+    char byte = 'x';
+    struct msghdr msg = {.msg_iov = &(struct iovec){&byte, 1}, .msg_iovlen = 1,
                          .msg_control = &control, .msg_controllen = sizeof control};
-    int pair[2];
+    struct stat st, theirs;
+    int pair[2], fd;
     memcpy(CMSG_DATA(&control.header), &last_fd, sizeof last_fd);
     ensure(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0, "socketpair");
-    puts(sendmsg(pair[0], &msg, 0) == 1 ? "shared" : strerror(errno));
+    ensure(sendmsg(pair[0], &msg, 0) == 1, "sendmsg");
+    memcpy(&fd, CMSG_DATA(&control.header), sizeof fd);
+    ensure(fd == last_fd, "the message is not the caller's any more");
+    ensure(recvmsg(pair[1], &msg, 0) == 1, "recvmsg");
+    memcpy(&fd, CMSG_DATA(&control.header), sizeof fd);
+    ensure(fstat(last_fd, &st) == 0 && fstat(fd, &theirs) == 0, "fstat");
+    ensure(st.st_ino == theirs.st_ino, "another file");
+    void *at = mmap(NULL, PAGE, PROT_READ, MAP_SHARED, fd, 0);
+    puts(at == MAP_FAILED ? strerror(errno) : "mapped");
     close(pair[0]);
     close(pair[1]);
 }

@@ -60,12 +60,20 @@ void sp_channel_go_on(sp_channel *channel)
     eventfd_read(channel->stop, &count);
 }
 
+/* ppoll(2), not poll(2): a filter of system calls that a program has of its own (attach/program) has
+ * room for what it uses itself. */
+static int poll_ms(struct pollfd *pfds, nfds_t n, int ms)
+{
+    struct timespec wait = {ms / 1000, ms % 1000 * 1000000L};
+    return ppoll(pfds, n, ms < 0 ? NULL : &wait, NULL);
+}
+
 int sp_channel_pause(const sp_channel *channel, unsigned ms)
 {
     struct pollfd pfd = {.fd = channel->stop, .events = POLLIN};
     uint64_t now = sp_clock_ns(), end = now + ms * 1000000ull;
     for (; now < end; now = sp_clock_ns())
-        if (poll(&pfd, 1, (int)((end - now + 999999) / 1000000)) > 0)
+        if (poll_ms(&pfd, 1, (int)((end - now + 999999) / 1000000)) > 0)
             return 1;
     return 0;
 }
@@ -83,7 +91,7 @@ static int wait_for(const sp_channel *channel, short events, uint64_t deadline,
             uint64_t left = now < deadline ? (deadline - now + 999999) / 1000000 : 0;
             ms = left < 60000 ? (int)left : 60000;
         }
-        int n = poll(pfds, 2, ms);
+        int n = poll_ms(pfds, 2, ms);
         if (n > 0)
             return pfds[1].revents ? sp_fail_as(trouble, SP_CAUSE_STOPPED, "stopped") : 0;
         if (n < 0 && errno != EINTR)
@@ -134,11 +142,17 @@ static int connect_to(const sp_channel *channel, const char *path, uint64_t dead
     return sp_fail_as(trouble, cause, "connect to %s: %s", path, strerror(err));
 }
 
-int sp_channel_open(sp_channel *channel, const char *path, uint64_t deadline, sp_trouble *trouble)
+void sp_channel_use(sp_channel *channel, int sock)
 {
+    channel->sock = sock;
     channel->n_rights = 0;
     channel->used = channel->len = 0;
     memset(&channel->cut, 0, sizeof channel->cut);
+}
+
+int sp_channel_open(sp_channel *channel, const char *path, uint64_t deadline, sp_trouble *trouble)
+{
+    sp_channel_use(channel, -1);
     if (strlen(path) >= sizeof ((struct sockaddr_un *)NULL)->sun_path)
         return sp_fail(trouble, "connect to %s: the path is longer than a Unix socket's", path);
     channel->sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -279,10 +293,11 @@ void sp_channel_drop_rights(sp_channel *channel)
 
 void sp_channel_close(sp_channel *channel)
 {
+    int sock = channel->sock;
     sp_channel_drop_rights(channel);
-    if (channel->sock >= 0)
-        close(channel->sock);
-    channel->sock = -1;
+    channel->sock = -1; /* first: a child that is forked now must not close another's */
+    if (sock >= 0)
+        close(sock);
 }
 
 void sp_channel_deinit(sp_channel *channel)

@@ -55,6 +55,8 @@ int sp_channel_pause(const sp_channel *channel, unsigned ms);
 
 /* All answer -1 and the reason on failure.  The socket and all descriptors are close-on-exec. */
 int sp_channel_open(sp_channel *channel, const char *path, uint64_t deadline, sp_trouble *trouble);
+/* Instead: this socket, which somebody else has connected; non-blocking, the channel's. */
+void sp_channel_use(sp_channel *channel, int sock);
 int sp_channel_send(sp_channel *channel, const char *data, size_t len, const int *fds,
                     unsigned n_fds, uint64_t deadline, sp_trouble *trouble);
 /* 1: a message, whose texts hold until the next call; 0: the receiver closed the socket. */

@@ -155,6 +155,7 @@ static void *follow(void *arg)
     sp_guest *guest = arg;
     sp_trouble trouble;
     verdict what = GO_ON;
+    pthread_setname_np(pthread_self(), "sharded-pc"); /* another's would be by a file */
     sp_fail(&trouble, "the receiver is gone");
     if (!guest->pause_ms)
         guest->pause_ms = FIRST_PAUSE_MS;
@@ -178,7 +179,6 @@ int sp_guest_follow(sp_guest *guest, sp_trouble *trouble)
     if (err)
         return sp_fail_as(trouble, SP_CAUSE_HOST, "start a thread: %s%s", strerror(err),
                           err == EAGAIN ? MORE_THREADS : "");
-    pthread_setname_np(guest->thread, "sharded-pc");
     return 0;
 }
 

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { PAGE_BYTES = 4096, ADDRESS_ROOM = 32, SAY_MS = 100 };
@@ -31,7 +32,8 @@ void sp_say(const char *who, const char *format, ...)
     line[n++] = '\n';
     /* Who does not read what is said must not keep a guest from attaching again. */
     struct pollfd pfd = {.fd = STDERR_FILENO, .events = POLLOUT};
-    if (poll(&pfd, 1, SAY_MS) <= 0 || write(STDERR_FILENO, line, n) < 0)
+    struct timespec patience = {.tv_nsec = SAY_MS * 1000000L};
+    if (ppoll(&pfd, 1, &patience, NULL) <= 0 || write(STDERR_FILENO, line, n) < 0)
         return; /* nobody to tell */
 }
 
@@ -131,6 +133,8 @@ static int send_mappings(sp_guest *guest, const sp_offer *offer, const sp_offere
 
 int sp_guest_open(sp_guest *guest, uint64_t deadline, sp_trouble *trouble)
 {
+    if (guest->kind->open)
+        return guest->kind->open(guest, deadline, trouble);
     if (sp_channel_open(&guest->channel, guest->socket_path, deadline, trouble))
         return -1;
     const char *hello = guest->bound ? EARLY : HELLO;
@@ -160,6 +164,9 @@ static int converse(sp_guest *guest, sp_message *message, uint64_t deadline, sp_
         expect(guest, SP_SAYS_GEOMETRY, message, deadline, trouble))
         return -1;
     int over = message->offer.mode == 0;
+    if (guest->kind->map && !guest->memory.n_segments &&
+        guest->kind->map(guest, message, trouble))
+        return -1;
     if (sp_guest_join(guest, message, deadline, trouble) ||
         expect(guest, SP_SAYS_ATTACHED, message, deadline, trouble))
         return -1;

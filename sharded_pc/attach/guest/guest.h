@@ -1,8 +1,8 @@
 /* The guest's end of the attach protocol (attach/protocol.py): a process that runs on the receiver's
  * memory, its hand-over, and the thread that hears the receiver afterwards.
  *
- * Two run it: the preload library (attach/preload), which finds the memory mapped, and Python
- * (handle.h), which maps it when it is offered.
+ * Three run it: the preload library (attach/preload), which finds the memory mapped, the library of
+ * `sharded-pc guest` (attach/program) and Python (handle.h), which map it when it is offered.
  */
 #ifndef SP_GUEST_H
 #define SP_GUEST_H
@@ -30,6 +30,11 @@ typedef struct sp_guest_kind {
     const char *who; /* begins every line on stderr */
     /* What is told to the process; by the thread.  NULL: nobody asks. */
     void (*tell)(sp_guest *guest, sp_news news, const char *why);
+    /* Instead of connecting to socket_path and asking there; 0, or -1 and the reason.  Or NULL. */
+    int (*open)(sp_guest *guest, uint64_t deadline, sp_trouble *trouble);
+    /* Maps the memory as the first geometry has come, whose descriptors the channel has; 0, or -1 and
+     * the reason.  NULL: it is mapped before. */
+    int (*map)(sp_guest *guest, const sp_message *geometry, sp_trouble *trouble);
     /* Instead of sp_memory_let_go(), when everything is here; or NULL. */
     void (*let_go)(sp_guest *guest);
 } sp_guest_kind;

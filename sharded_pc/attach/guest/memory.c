@@ -66,15 +66,29 @@ static void hold(const sp_memory *memory)
     }
 }
 
+static int use_ready(sp_memory *memory, const sp_offer *offer, sp_trouble *trouble)
+{
+    if (offer->shards > memory->ready)
+        return sp_fail_as(trouble, SP_CAUSE_HOST, "the receiver has %" PRIu64 " shards, but only %u "
+                          "userfaultfds could be opened when this program began; `sharded-pc check` "
+                          "names the remedy", offer->shards, memory->ready);
+    while (memory->ready > offer->shards)
+        close(memory->uffds[--memory->ready]);
+    memory->shards = offer->shards;
+    memory->ready = 0;
+    return 0;
+}
+
 int sp_memory_register(sp_memory *memory, const sp_offer *offer, const sp_offered_block **blocks,
                        sp_trouble *trouble)
 {
-    if (open_uffds(memory, offer, trouble))
+    int ours = !memory->ready; /* to be registered */
+    if (ours ? open_uffds(memory, offer, trouble) : use_ready(memory, offer, trouble))
         return -1;
     memory->stripe_bytes = offer->stripe_bytes;
     for (unsigned i = 0; i < memory->n_segments; i++) {
         memory->segments[i].first_stripe = blocks[i]->first_stripe;
-        if (register_segment(memory, &memory->segments[i], offer, trouble))
+        if (ours && register_segment(memory, &memory->segments[i], offer, trouble))
             return -1;
     }
     memory->mode = offer->mode;
@@ -100,6 +114,8 @@ int sp_memory_check_same(const sp_memory *memory, const sp_offer *offer,
 
 void sp_memory_close(sp_memory *memory)
 {
+    while (memory->ready)
+        close(memory->uffds[--memory->ready]);
     while (memory->shards)
         close(memory->uffds[--memory->shards]);
     memory->mode = 0;
@@ -121,5 +137,6 @@ void sp_memory_let_go(const sp_memory *memory)
 void sp_memory_collapse(const sp_memory *memory)
 {
     for (unsigned i = 0; i < memory->n_segments; i++)
-        advise(&memory->segments[i], COLLAPSE);
+        if (memory->segments[i].base)
+            advise(&memory->segments[i], COLLAPSE);
 }

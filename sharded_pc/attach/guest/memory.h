@@ -24,6 +24,8 @@ typedef struct sp_memory {
     sp_segment *segments;
     unsigned n_segments;
     int user_only_ok;      /* nothing but this process's own code reads the memory */
+    unsigned ready;        /* of `uffds`, opened ahead by who may not be able to open or to register
+                            * any when it comes to it: then the receiver's workers register */
     uint64_t mode;         /* as registered; 0: nothing is */
     uint64_t stripe_bytes, shards;
     int uffds[SP_MAX_RIGHTS]; /* our own copies, one for each shard */

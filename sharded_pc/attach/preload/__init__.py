@@ -14,8 +14,13 @@ FILE = "libsharded_pc_preload.so"
 
 def library_path() -> Path:
     """Where the library is installed; HostError."""
+    return installed(FILE)
+
+
+def installed(file: str) -> Path:
+    """A library of this package that LD_PRELOAD can name; HostError."""
     # Not beside this file: an editable install puts what was built into site-packages.
-    path = Path(str(resources.files("sharded_pc.attach").joinpath(FILE))).absolute()
+    path = Path(str(resources.files("sharded_pc.attach").joinpath(file))).absolute()
     if not path.is_file():
         raise HostError(f"{path} is missing: run `pip install --force-reinstall sharded_pc`")
     return _check_loadable(path)

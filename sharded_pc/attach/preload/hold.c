@@ -7,8 +7,10 @@
  *   madvise(HUGEPAGE)              put off: until Linux 6.4 khugepaged fills holes that wait for a page
  *   madvise(COLLAPSE)              refused: it would show what stands in a page that is not received
  *   madvise(DOFORK)                put off: a child has no userfaultfd, it would read zeros
- *   sendmsg(SCM_RIGHTS)            refused: whoever maps a segment elsewhere (vhost-user, vfio-user,
- *                                  x-pci-proxy-dev) has no userfaultfd there and would read zeros
+ *   sendmsg(SCM_RIGHTS)            a segment's descriptor goes as one that names the file and cannot be
+ *                                  mapped (O_PATH): whoever maps it elsewhere (a vhost-user back-end)
+ *                                  would read zeros.  Under `sharded-pc guest` (attach/program) it is
+ *                                  exchanged for a real one there
  */
 #define _GNU_SOURCE
 #include "hold.h"
@@ -17,6 +19,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -39,6 +43,12 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 void sp_hold_watch(sp_guest *guest)
 {
     atomic_store(&watched, guest);
+}
+
+void sp_hold_forget(void)
+{
+    atomic_store(&watched, NULL);
+    lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
 }
 
 void sp_hold_end(sp_guest *guest)
@@ -142,6 +152,78 @@ EXPORT int fallocate64(int fd, int mode, off_t offset, off_t len)
 
 /* --- descriptors --- */
 
+enum { MOST_RIGHTS = SP_MAX_RIGHTS }; /* of one message */
+
+typedef struct tokens {
+    int fds[MOST_RIGHTS];
+    unsigned n;
+} tokens;
+
+/* One that says which file this is, and cannot be mapped; -1. */
+static int make_token(const sp_segment *segment, int fd)
+{
+    char link[32];
+    int token = open(segment->path, O_PATH | O_CLOEXEC);
+    struct stat st;
+    if (token >= 0 && fstat(token, &st) == 0 && st.st_dev == segment->dev &&
+        st.st_ino == segment->ino)
+        return token;
+    if (token >= 0)
+        close(token);
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    return open(link, O_PATH | O_CLOEXEC);
+}
+
+static int exchange(sp_guest *guest, struct cmsghdr *c, tokens *made)
+{
+    for (size_t at = 0; at + sizeof(int) <= c->cmsg_len - CMSG_LEN(0); at += sizeof(int)) {
+        int fd;
+        memcpy(&fd, CMSG_DATA(c) + at, sizeof fd);
+        sp_segment *segment = sp_guest_segment(guest, fd);
+        if (!segment)
+            continue;
+        fd = made->n < MOST_RIGHTS ? make_token(segment, fd) : -1;
+        if (fd < 0)
+            return -1;
+        made->fds[made->n++] = fd;
+        memcpy(CMSG_DATA(c) + at, &fd, sizeof fd);
+    }
+    return 0;
+}
+
+/* The message with tokens in place of segments: `control` is a copy of its own. */
+static int exchange_all(struct msghdr *msg, tokens *made)
+{
+    sp_guest *guest = atomic_load(&watched);
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); guest && c; c = CMSG_NXTHDR(msg, c))
+        if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS && exchange(guest, c, made))
+            return -1;
+    return 0;
+}
+
+static ssize_t send_tokens(int sock, const struct msghdr *msg, int flags)
+{
+    struct msghdr copy = *msg;
+    tokens made = {.n = 0};
+    ssize_t n = -1;
+    int err = ENOMEM;
+    copy.msg_control = malloc(msg->msg_controllen);
+    if (copy.msg_control) {
+        memcpy(copy.msg_control, msg->msg_control, msg->msg_controllen);
+        err = exchange_all(&copy, &made) ? EPERM : 0;
+        if (!err && (n = syscall(SYS_sendmsg, sock, &copy, flags)) < 0)
+            err = errno;
+    }
+    if (err == EPERM)
+        sp_say(SP_PRELOAD, "this process's RAM is not handed to another one while pages are "
+                           "missing: that one would read zeros (a vhost-user back-end?)");
+    while (made.n)
+        close(made.fds[--made.n]);
+    free(copy.msg_control);
+    errno = err;
+    return n;
+}
+
 static int carries_segment(const struct msghdr *msg)
 {
     struct msghdr *head = (struct msghdr *)(uintptr_t)msg; /* CMSG_NXTHDR only reads */
@@ -160,11 +242,7 @@ static int carries_segment(const struct msghdr *msg)
 
 EXPORT ssize_t sendmsg(int sock, const struct msghdr *msg, int flags)
 {
-    if (atomic_load(&watched) && msg && msg->msg_controllen && carries_segment(msg)) {
-        sp_say(SP_PRELOAD, "this process's RAM is not handed to another one while pages are "
-                           "missing: that one would read zeros (a vhost-user back-end?)");
-        errno = EPERM;
-        return -1;
-    }
+    if (atomic_load(&watched) && msg && msg->msg_controllen && carries_segment(msg))
+        return send_tokens(sock, msg, flags);
     return sp_monitor_sendmsg(sock, msg, flags);
 }

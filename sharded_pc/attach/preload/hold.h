@@ -9,6 +9,9 @@
 /* From now on this guest's segments are looked after; before the first of them is mapped. */
 void sp_hold_watch(sp_guest *guest);
 
+/* In a child just forked, which has no segments. */
+void sp_hold_forget(void);
+
 /* Everything is here: does what was put off, forgets what was held back, and steps aside. */
 void sp_hold_end(sp_guest *guest);
 
