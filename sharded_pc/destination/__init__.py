@@ -20,6 +20,7 @@ from pathlib import Path
 from sharded_pc import qemu_args
 from sharded_pc.attach.preload import environment, library_path
 from sharded_pc.awaited import AwaitedPages
+from sharded_pc.destination import back_ends
 from sharded_pc.destination.monitor import Monitor, QemuFailed
 from sharded_pc.destination.process import QemuProcess
 from sharded_pc.destination.stream import ResumeStream
@@ -41,7 +42,7 @@ LOAD_SECONDS = 60.0
 
 def check(arguments: Sequence[str]) -> None:
     """What can be refused before a source connects; HostError, UsageError."""
-    qemu_args.check_arguments(arguments)
+    others = qemu_args.check_arguments(arguments)
     program = arguments[0]
     if shutil.which(program) is None:
         raise HostError(
@@ -49,6 +50,7 @@ def check(arguments: Sequence[str]) -> None:
             f"qemu-system-x86) or name it with its path"
         )
     library_path()
+    back_ends.check_guests(others)
 
 
 Launch = Callable[[Sequence[str], Mapping[str, str]], Awaitable[QemuProcess]]

@@ -8,6 +8,7 @@ which of its blocks each backend stands for.
 """
 
 from sharded_pc.errors import UsageError
+from sharded_pc.qemu_args.back_ends import BackEnd
 from sharded_pc.qemu_args.plans import Backend, backends, check_arguments, match, plan
 
-__all__ = ["check_arguments", "backends", "plan", "match", "Backend", "UsageError"]
+__all__ = ["check_arguments", "backends", "plan", "match", "Backend", "BackEnd", "UsageError"]

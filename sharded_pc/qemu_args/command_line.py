@@ -20,6 +20,7 @@ _IMPLIED = {
     "-nic": "type",
     "-net": "type",
     "-blockdev": "",
+    "-chardev": "backend",
     "-drive": "",
     "-global": "",
     "-incoming": "",

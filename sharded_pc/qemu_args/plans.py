@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from sharded_pc.geometry import RamBlock
 from sharded_pc.qemu_args import matching, refusals
+from sharded_pc.qemu_args.back_ends import BackEnd, back_ends
 from sharded_pc.qemu_args.backends import Memory, make
 from sharded_pc.qemu_args.command_line import CommandLine
 from sharded_pc.qemu_args.matching import Wanted
@@ -29,8 +30,9 @@ class Backend:
     """the source's block"""
 
 
-def check_arguments(arguments: Sequence[str]) -> None:
-    """Everything that can be refused before the source's blocks are known; UsageError."""
+def check_arguments(arguments: Sequence[str]) -> tuple[BackEnd, ...]:
+    """Everything that can be refused before the source's blocks are known; UsageError.  Who has to
+    be a guest of the receiver too."""
     line = CommandLine(arguments)
     refusals.check(line)
     memory = Memory(line)
@@ -38,6 +40,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
     for backend in memory.segments():
         backend.check()
     _wanted(line, memory)
+    return back_ends(line)
 
 
 def backends(arguments: Sequence[str]) -> tuple[RamBlock, ...]:

@@ -28,26 +28,27 @@ OPTIONS = {
 RUN_WITH = {"user": _USER, "chroot": _ROOT}
 
 _BACK_END = "its back-end maps the RAM without a userfaultfd and would read zeros"
-_VHOST_USER = f"{_BACK_END}; use a device that QEMU serves itself, at the source as well"
+_ELSEWHERE = f"{_BACK_END}; use a device that QEMU serves itself, at the source as well"
 _PASSED = (
     "a passed-through device cannot wait for a page; unplug it at the source before it migrates"
 )
 
 DEVICES = {
-    "vhost-user-*": _VHOST_USER,
-    "vhost-vdpa*": _VHOST_USER,
-    "x-pci-proxy-dev": _VHOST_USER,
+    "vhost-vdpa*": _ELSEWHERE,
+    "x-pci-proxy-dev": _ELSEWHERE,
     "vfio-*": _PASSED,
     "pvrdma": _PASSED,
     "virtio-mem*": "its plugged memory is not in the stream; use pc-dimm, at the source as well",
     "ivshmem-*": "its memory is shared with others, who would not wait for a page; unplug it at "
     "the source before it migrates",
 }
-NETDEVS = {"vhost-user": _VHOST_USER, "vhost-vdpa": _VHOST_USER}
-"""-netdev, -nic, -net.  vhost=on of a tap is the kernel's vhost: it reads the RAM in QEMU's own
+NETDEVS = {"vhost-vdpa": _ELSEWHERE}
+"""-netdev, -nic, -net; vhost-user is looked at by back_ends.py.
+
+vhost=on of a tap is the kernel's vhost: it reads the RAM in QEMU's own
 address space, where missing pages are waited for."""
 BLOCK_DRIVERS = {
-    "virtio-blk-vhost-*": _VHOST_USER,
+    "virtio-blk-vhost-*": _ELSEWHERE,
     "virtio-blk-vfio-*": _PASSED,
     "nvme": _PASSED,
 }
@@ -142,7 +143,7 @@ def _look_at_netdev(option: Option) -> None:
     values = option.values()
     _look_up(NETDEVS, values.get("type"), "netdev")
     if is_true(values.get("vhost-user")):  # passt, QEMU 10.1
-        _look_up(NETDEVS, "vhost-user", "netdev")
+        raise UsageError(f"QEMU netdev vhost-user: {_ELSEWHERE}")
 
 
 _LOOKS = {

@@ -2,18 +2,12 @@
  * them back and uses them, for ever, and knows what must stand in every page it uses.
  *
  * Prints as guest_image.py's guest does: S, F when all pages are filled, a dot now and then, and
- * "Eaaaaaaaa:vvvvvvvv " for each wrong word.  Legacy virtio: virtio 1.2, 4.1.4.8 and 2.7.
+ * "Eaaaaaaaa:vvvvvvvv " for each wrong word.  Legacy virtio: virtio 1.2, 2.7.
  */
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
+#include "multiboot.h"
 
 /* QEMU's balloon has queues of 128 (hw/virtio/virtio-balloon.c). */
-enum { PAGE = 4096, FIRST = 4 << 20, MOST = 65536, QUEUE = 128, BATCH = 32, COM1 = 0x3f8 };
-enum { FEATURES = 4, PFN = 8, SIZE = 12, SELECT = 14, NOTIFY = 16, STATUS = 18 };
-
-__attribute__((section(".multiboot"), used)) static const u32 header[3] = {
-    0x1BADB002, 0, 0u - 0x1BADB002u};
+enum { FIRST = 4 << 20, MOST = 65536, QUEUE = 128, BATCH = 32 };
 
 typedef struct ring {
     u8 room[4 * PAGE]; /* descriptors and what is offered; what is used begins a page */
@@ -22,44 +16,7 @@ typedef struct ring {
 static ring rings[2] __attribute__((aligned(PAGE)));
 static u8 generation[MOST];
 static u32 frames[BATCH];
-static u32 n_pages, random_state = 1, io;
-
-static void out8(u16 port, u8 v) { __asm__ volatile("outb %0, %1" ::"a"(v), "Nd"(port)); }
-static void out16(u16 port, u16 v) { __asm__ volatile("outw %0, %1" ::"a"(v), "Nd"(port)); }
-static void out32(u16 port, u32 v) { __asm__ volatile("outl %0, %1" ::"a"(v), "Nd"(port)); }
-
-static u8 in8(u16 port)
-{
-    u8 v;
-    __asm__ volatile("inb %1, %0" : "=a"(v) : "Nd"(port));
-    return v;
-}
-
-static u32 in32(u16 port)
-{
-    u32 v;
-    __asm__ volatile("inl %1, %0" : "=a"(v) : "Nd"(port));
-    return v;
-}
-
-static void put(char c)
-{
-    while (!(in8(COM1 + 5) & 0x20))
-        ;
-    out8(COM1, (u8)c);
-}
-
-static void put_hex(u32 v)
-{
-    for (int shift = 28; shift >= 0; shift -= 4)
-        put("0123456789abcdef"[v >> shift & 15]);
-}
-
-static u32 below(u32 n)
-{
-    random_state = random_state * 1664525 + 1013904223;
-    return (random_state >> 8) % n;
-}
+static u32 n_pages, io;
 
 /* The two words that are looked at of a page. */
 static volatile u32 *word(u32 page, int last)
@@ -93,23 +50,12 @@ static void check(u32 page)
     }
 }
 
-static u32 config(u32 slot, u32 at)
-{
-    out32(0xcf8, 0x80000000u | slot << 11 | at);
-    return in32(0xcfc);
-}
-
 static void find_balloon(void)
 {
-    for (u32 slot = 0; slot < 32; slot++) {
-        if (config(slot, 0) != 0x10021af4)
-            continue;
-        io = config(slot, 0x10) & ~3u;
-        config(slot, 4);
-        out32(0xcfc, 7); /* ports, memory, and the device's own access to memory */
-    }
-    if (!io)
+    u32 slot;
+    if (!find_device(0x10021af4, &slot))
         put('!'); /* nothing to balloon with */
+    io = config(slot, 0x10) & ~3u;
     out8((u16)(io + STATUS), 0);
     out8((u16)(io + STATUS), 3); /* acknowledge, driver */
     out32((u16)(io + FEATURES), 0);
@@ -173,6 +119,3 @@ void run(u32 magic, const u32 *info)
             put('.');
     }
 }
-
-__asm__(".section .text.start\n.globl start\nstart:\n  movl $stack_end, %esp\n  pushl %ebx\n"
-        "  pushl %eax\n  call run\n.bss\n.align 16\n.skip 8192\nstack_end:\n.text\n");

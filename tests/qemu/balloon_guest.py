@@ -1,11 +1,11 @@
-"""The ballooning guest (balloon_guest.c), built for `-kernel`."""
+"""Guests that are a C file (balloon_guest.c, blk_guest.c), built for `-kernel`."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("balloon_guest.c")
+HERE = Path(__file__).parent
 LAYOUT = """
 ENTRY(start)
 SECTIONS {
@@ -18,9 +18,9 @@ SECTIONS {
 """
 
 
-def build(folder: Path) -> Path:
+def build(folder: Path, name: str = "balloon_guest") -> Path:
     """The guest as a multiboot ELF file in ``folder``."""
-    layout, kernel = folder / "balloon.ld", folder / "balloon.elf"
+    layout, kernel = folder / f"{name}.ld", folder / f"{name}.elf"
     layout.write_text(LAYOUT)
     flags = ["-m32", "-march=i686", "-O1", "-Wall", "-Wextra", "-Werror", "-ffreestanding"]
     flags += ["-fno-pic", "-fno-pie", "-fno-stack-protector", "-fcf-protection=none"]
@@ -32,7 +32,7 @@ def build(folder: Path) -> Path:
         "-Wl,--build-id=none",
         "-Wl,-z,noexecstack",
     ]
-    command = ["cc", *flags, *link, "-o", str(kernel), str(SOURCE)]
+    command = ["cc", *flags, *link, "-o", str(kernel), str(HERE / f"{name}.c")]
     subprocess.run(
         command, check=True, capture_output=True
     )  # ld has a word on one writable segment

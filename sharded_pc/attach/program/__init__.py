@@ -11,6 +11,7 @@ from sharded_pc.attach.preload import installed
 from sharded_pc.errors import HostError
 
 FILE = "libsharded_pc_guest.so"
+"""Who has it mapped is a guest, or will be when it maps RAM."""
 BROKER = "SHARDED_PC_BROKER"
 """Names the broker's socket (attach/broker.py)."""
 
