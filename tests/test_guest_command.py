@@ -16,9 +16,11 @@ import pytest
 from sharded_pc import shm
 from sharded_pc.attach import broker
 from sharded_pc.attach.broker import Broker
+from sharded_pc.errors import AttachError
 from sharded_pc.geometry import PAGE_BYTES, RamBlock
 from sharded_pc.observe.view import ReceiverView
 from sharded_pc.testing.oracle import DIRTIED, PageOracle
+from sharded_pc.transport.peers import Peer
 from tests.control import Control
 from tests.mapper import GUEST, Mapper, mapper, sender
 from tests.preload_kit import MIB, WAIT_S, Source
@@ -260,6 +262,18 @@ def test_what_cannot_be_served_is_refused(tmp_path, unique_name, mapper):
         with source.postcopy():
             pass
         assert receiver.finish().exit_code == 0
+
+
+def test_a_receiver_of_another_user(tmp_path, monkeypatch):
+    """It could write into the program: only who is named may."""
+    monkeypatch.setattr(broker, "peer_of", lambda _: Peer(7, 4711, 4711))
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "attach"))
+        server.listen()
+        trusts = {"name": None, "attach": None, "seconds": 1}
+        with pytest.raises(AttachError, match=r"belongs to uid 4711.*guest --user 4711"):
+            Broker(server, -1, user=None, **trusts)._try(tmp_path / "attach")
+        Broker(server, -1, user=4711, **trusts)._try(tmp_path / "attach").close()
 
 
 @pytest.mark.parametrize("how", ["static", "setuid"])

@@ -14,6 +14,7 @@ receiver's successor.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -96,9 +97,14 @@ class Broker:
         return False
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # it is closed
-            while True:
+        while True:
+            try:
                 client, _ = self._listener.accept()
+            except OSError as error:
+                if error.errno in (errno.EBADF, errno.EINVAL):  # it is closed
+                    return
+                time.sleep(AGAIN_SECONDS)  # descriptors are short: they wait in the queue
+            else:
                 self._begin(client)
 
     def _begin(self, client: socket.socket) -> None:

@@ -30,8 +30,8 @@ touch its mapping before.  Instead of any answer the receiver may say {"error": 
 close.  {"event": "FAILED", "desc": TEXT} after READY means that missing pages will not come from
 this receiver: accesses to them wait.
 
-"pid" is the process that has the memory, where another has connected for it (broker.py): whose
-mappings are looked at, and whose end is noticed.
+"pid" is the process that has the memory, where another has connected for it (broker.py): its
+mappings are looked at.
 
 If the socket closes before COMPLETED, another receiver may take this one's place on the same memory
 and the same path.  The client connects there again, with pauses, and hands the same userfaultfds
