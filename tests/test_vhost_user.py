@@ -34,7 +34,7 @@ AT = 1100
 """The queue's first page, in the upper half."""
 REQUESTS = 60
 SECTOR = 512
-RATE = MIB
+RATE = 2 * MIB
 
 
 class Requests:
