@@ -28,7 +28,6 @@ _IMPLIED = {
     "-run-with": "",
     "-name": "guest",
     "-mon": "chardev",
-    "-chardev": "backend",
     "-qmp": "",
     "-qmp-pretty": "",
 }
