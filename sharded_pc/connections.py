@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from sharded_pc.address import Address
 from sharded_pc.connection import Connection
@@ -25,9 +24,7 @@ from sharded_pc.incoming import Receiver
 from sharded_pc.memory import GuestMemory
 from sharded_pc.recovery import Recovery
 from sharded_pc.state import MigrationStatus, PostcopyState
-
-if TYPE_CHECKING:
-    from sharded_pc.transport.tls.door import Door
+from sharded_pc.transport.doorway import Doorway
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +39,7 @@ class Connections:
         self,
         memory: GuestMemory,
         recover_uri: Address | None,
-        door: Door | None,
+        doorway: Doorway,
         ending: Ending,
         on_status: Callable[[MigrationStatus], None],
         on_next: Callable[[], None],
@@ -51,7 +48,7 @@ class Connections:
         self._ending = ending
         self._on_status = on_status
         self._on_next = on_next
-        self._recovery = Recovery(recover_uri, door, ending, self._set_status)
+        self._recovery = Recovery(recover_uri, doorway, ending, self._set_status)
         self.current: Connection | None = None
         self.paused_by: ShardedPcError | None = None
 

@@ -37,12 +37,11 @@ from sharded_pc.settings import Settings
 from sharded_pc.shards import Shards
 from sharded_pc.state import MigrationStatus
 from sharded_pc.tenure import Tenure
+from sharded_pc.transport.doorway import Doorway
 
 if TYPE_CHECKING:
     from sharded_pc.destination import QemuDestination
     from sharded_pc.destination.management import Management
-    from sharded_pc.transport.tls.credentials import Credentials
-    from sharded_pc.transport.tls.door import Door
 
 __all__ = ["Coordinator", "Settings"]
 
@@ -73,7 +72,7 @@ class Coordinator:
         self.migration: Migration
         self._qmp: QmpServer | None = None
         self.management: Management | None = None
-        self._door: Door | None = None
+        self._doorway = Doorway()
         self.error: ShardedPcError | None = None
         self.resumes = False
         """a dead receiver's migration"""
@@ -100,8 +99,9 @@ class Coordinator:
         settings, callback = self.settings, self._exit.callback
         host.require_host(kernel_faults=bool(settings.qemu))
         callback(self._ending.close)
-        if settings.tls is not None:
-            self._open_door(settings.tls)
+        # Behind everybody who connects: it is closed when all connections are.
+        self._exit.push_async_callback(self._doorway.close)
+        self._doorway.require(settings.tls)
         tenure = self._tenure = Tenure(settings)
         callback(tenure.leave)
         self.memory, self.resumes = tenure.memory, tenure.resumes
@@ -115,7 +115,7 @@ class Coordinator:
         await self._start_shards()
         self.migration = Migration(
             settings, self.memory, self.shards, populator, self._huge_pages, self._ending,
-            self._tell_status, self._door,
+            self._tell_status, self._doorway,
         )  # fmt: skip
         connections = self.migration.connections
         self.shards.on_restart = lambda: connections.worker_restarted(self.shards.pids())
@@ -126,19 +126,11 @@ class Coordinator:
         await self._make_destination()
         self._exit.push_async_callback(self.migration.close)
 
-    def _open_door(self, credentials: Credentials) -> None:
-        """Behind everybody who connects: it is closed when all connections are."""
-        from sharded_pc.transport.tls.door import Door  # ssl is loaded where it is used
-
-        self._door = Door(credentials)
-        self._exit.push_async_callback(self._door.close)
-        self._door.start()
-
     def _expect_source(self) -> None:
         settings = self.settings
         if settings.qemu:
             _check_destination(settings.qemu)
-        self._entrance = Entrance(settings, self._door, self._opened)
+        self._entrance = Entrance(settings, self._doorway, self._opened)
         self._exit.callback(self._entrance.close)
         if not isinstance(settings.incoming, DeferAddress):
             self.memory.control.status = MigrationStatus.SETUP
@@ -212,8 +204,9 @@ class Coordinator:
 
         connections = self.migration.connections
         incoming = Incoming(
-            self._open, connections.recover, connections.pause, self._status, self._awaited_at
-        )
+            self._open, connections.recover, connections.pause, self._status, self._awaited_at,
+            self._doorway.require,
+        )  # fmt: skip
         path = runtime_folder.runtime_path(self.settings.name, runtime_folder.RELAY)
         self.management = Management(
             path,
@@ -288,8 +281,7 @@ class Coordinator:
         await self.shards.stop()
         if self.migration.attach is not None:
             await self.migration.attach.close()
-        if self._door is not None:
-            await self._door.close()
+        await self._doorway.close()
 
     def info(self) -> dict:
         """As `query-migrate`."""

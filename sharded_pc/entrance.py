@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from sharded_pc.address import Address, DeferAddress
 from sharded_pc.connection import Connection
@@ -14,19 +13,17 @@ from sharded_pc.ending import Ending
 from sharded_pc.errors import HostError, UsageError
 from sharded_pc.memory import GuestMemory
 from sharded_pc.settings import Settings
+from sharded_pc.transport.doorway import Doorway
 from sharded_pc.transport.incoming import Listener, listen
-
-if TYPE_CHECKING:
-    from sharded_pc.transport.tls.door import Door
 
 
 class Entrance:
     """Opens the recording, then listens, unless `migrate-incoming` is to say where: then
     `on_open()` is called when it has.  HostError, UsageError."""
 
-    def __init__(self, settings: Settings, door: Door | None, on_open: Callable[[], None]) -> None:
+    def __init__(self, settings: Settings, doorway: Doorway, on_open: Callable[[], None]) -> None:
         assert settings.incoming is not None
-        self._door = door
+        self._doorway = doorway
         self._on_open = on_open
         self._listener: Listener | None = None
         self._listens = asyncio.Event()
@@ -40,7 +37,7 @@ class Entrance:
             self._opened = opened.pop_all()
 
     def _listen(self, address: Address) -> None:
-        self._listener = listen(address, door=self._door)
+        self._listener = listen(address, door=self._doorway.door)
         self._listens.set()
 
     def open(self, address: Address) -> None:

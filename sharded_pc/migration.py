@@ -31,11 +31,11 @@ from sharded_pc.populate import Populator
 from sharded_pc.settings import Settings
 from sharded_pc.shards import Shards
 from sharded_pc.state import MigrationStatus
+from sharded_pc.transport.doorway import Doorway
 from sharded_pc.wire.machine import awaits_switchover_ack
 
 if TYPE_CHECKING:
     from sharded_pc.destination import QemuDestination
-    from sharded_pc.transport.tls.door import Door
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Migration:
         huge_pages: HugePages,
         ending: Ending,
         on_status: Callable[[MigrationStatus], None],
-        door: Door | None,
+        doorway: Doorway,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self._settings = settings
@@ -68,7 +68,7 @@ class Migration:
         self.attach: AttachServer | None = None
         self.destination: QemuDestination | None = None
         self.connections = Connections(
-            memory, settings.recover_uri, door, ending, on_status, shards.revive
+            memory, settings.recover_uri, doorway, ending, on_status, shards.revive
         )
         self._guests_before: frozenset[int] = frozenset()
         """those of a dead receiver whose migration this was"""

@@ -10,16 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from sharded_pc.address import Address, DeferAddress, FileAddress
 from sharded_pc.ending import Ending
 from sharded_pc.errors import HostError, UsageError
 from sharded_pc.state import MigrationStatus
+from sharded_pc.transport.doorway import Doorway
 from sharded_pc.transport.incoming import Listener, Wire, listen
-
-if TYPE_CHECKING:
-    from sharded_pc.transport.tls.door import Door
 
 log = logging.getLogger(__name__)
 
@@ -27,18 +24,18 @@ log = logging.getLogger(__name__)
 class Recovery:
     """One receiver's; a pause begins with accept(), and ends with what it answers.
 
-    `tell` hears each status, and is to set it; sources come through `door`, if there is one.
+    `tell` hears each status, and is to set it; sources come through the `doorway`.
     """
 
     def __init__(
         self,
         uri: Address | None,
-        door: Door | None,
+        doorway: Doorway,
         ending: Ending,
         tell: Callable[[MigrationStatus], None],
     ) -> None:
         self._uri = uri
-        self._door = door
+        self._doorway = doorway
         self._ending = ending
         self._tell = tell
         self._is_paused = False
@@ -74,7 +71,7 @@ class Recovery:
         was_awaited = self._listener is not None
         self.close()  # it may be the same address
         try:
-            self._listener = listen(uri, recovers=True, door=self._door)
+            self._listener = listen(uri, recovers=True, door=self._doorway.door)
         except (HostError, UsageError):
             if was_awaited:  # it is not any more
                 self._tell(MigrationStatus.POSTCOPY_PAUSED)

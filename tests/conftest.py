@@ -6,6 +6,7 @@ failure, unless its reason begins with ``n/a:``: what it lacks is not what the m
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -27,6 +28,7 @@ from tests.receiver import describe, marked_processes
 SESSION = "SHARDED_PC_TEST_SESSION"
 """In the environment of all processes of a test run: its number."""
 LEFT_S = 5.0
+DOMAIN_LEFT_S = 30.0
 OURS = re.compile(r".*(%control|%pool|%bitmaps)")
 OF_A_RUN = re.compile(r"t[0-9a-f]{8}-")
 _REQUIRED = {name for name in os.environ.get("SHARDED_PC_REQUIRE", "").split(",") if name}
@@ -68,12 +70,28 @@ def hosts() -> Iterator[Pair]:
 @pytest.fixture
 def domain(hosts: Pair) -> Iterator[Domain]:
     """A domain for this test, on no host yet; nothing of it is anywhere afterwards."""
-    domain = Domain(f"guest{next(_numbers)}", hosts.image)
-    yield domain
-    for host in (hosts.a, hosts.b):
-        if domain.name in host.virsh("list", "--name", "--all").split():
-            host.virsh("destroy", domain.name)
-        wait_until(lambda host=host: not host.left(), f"nothing left, but: {host.left()}", LEFT_S)
+    with _domains(hosts, 1) as (domain,):
+        yield domain
+
+
+@pytest.fixture
+def four_domains(hosts: Pair) -> Iterator[list[Domain]]:
+    """As `domain`."""
+    with _domains(hosts, 4) as domains:
+        yield domains
+
+
+@contextlib.contextmanager
+def _domains(hosts: Pair, count: int) -> Iterator[list[Domain]]:
+    domains = [Domain(f"guest{next(_numbers)}", hosts.image) for _ in range(count)]
+    try:
+        yield domains
+    finally:
+        for host in (hosts.a, hosts.b):
+            for domain in domains:
+                host.destroy(domain.name)
+            what = f"nothing left, but: {host.left()}"
+            wait_until(lambda host=host: not host.left(), what, DOMAIN_LEFT_S)
 
 
 # --- skips ---

@@ -18,6 +18,8 @@ import pytest
 
 pytest.importorskip("qemu.qmp", reason="needs the client: pip install qemu.qmp")
 
+from sharded_pc.testing.certificates import HOST
+from tests.certificates import certificates
 from tests.emulator import Emulated, is_qemu
 from tests.qemu import wait_until
 from tests.qemu.backports import QemuBinary, distribution_qemu
@@ -286,9 +288,8 @@ class TestReceiverKilled:
                 libvirt.ask("migrate-recover", uri=uri)
                 source.set_parameters(max_postcopy_bandwidth=0)
                 source.migrate(uri, resume=True)
-                for status in ("postcopy-paused", "postcopy-recover-setup", "postcopy-recover"):
+                for status in ("postcopy-recover-setup", "postcopy-recover", "postcopy-active"):
                     libvirt.wait(status)
-                libvirt.wait("postcopy-active")
                 libvirt.wait("completed")
                 check_lives(vm)
                 vm.wait_gone()
@@ -298,6 +299,38 @@ class TestReceiverKilled:
 
 class TestManagement:
     """What it is told at QEMU's monitor."""
+
+    def test_tls(self, tmp_path, unique_name, newer):
+        """It ends in the receiver; QEMU has the parameter when its guest runs, so a receiver that
+        takes a dead one's place does too."""
+        uri, creds = f"unix:{tmp_path}/in", {"qom-type": "tls-creds-x509", "verify-peer": True}
+        with migrating(tmp_path, unique_name, newer, writes=True) as (source, vm):
+            vm.launch()
+            with contextlib.closing(Libvirt(vm.monitor_path)) as libvirt:
+                libvirt.negotiate()
+                folder = str(certificates() / "server")
+                libvirt.ask("object-add", id="tls0", dir=folder, endpoint="server", **creds)
+                reply = libvirt.say(
+                    {"execute": "migrate-set-parameters", "arguments": {"tls-creds": "tls1"}}
+                )
+                assert "tls1" in reply["error"]["desc"]
+                libvirt.ask("migrate-set-parameters", **{"tls-creds": "tls0"})
+                libvirt.ask("migrate-incoming", uri=uri)
+                client = str(certificates() / "client")
+                source.qmp("object-add", id="tls0", dir=client, endpoint="client", **creds)
+                source.set_parameters(tls_creds="tls0", tls_hostname=HOST)
+                begin_precopy(source, uri)
+                switch(source, postcopy_rate=RATE)
+                libvirt.ask("cont")
+                wait_until(lambda: vm.look()["postcopy-state"] == "running", "the switch")
+                os.kill(vm.receiver(), signal.SIGKILL)
+                source.wait_migration("postcopy-paused")
+                libvirt.ask("migrate-recover", uri=uri)
+                source.set_parameters(max_postcopy_bandwidth=0)
+                source.migrate(uri, resume=True)
+                source.wait_migration("completed")
+                check_lives(vm)
+                vm.wait_gone()
 
     def test_what_goes_wrong(self, tmp_path, unique_name, newer):
         """It hears why, and QEMU's monitor says so until it is ended."""

@@ -163,6 +163,31 @@ def test_tunnelled(incoming: Incoming):
     incoming.wait_arrived()
 
 
+@pytest.mark.parametrize("kills", [False, True], ids=["wire", "receiver"])
+def test_tls(incoming: Incoming, kills):
+    """The key is QEMU's user's, who runs the receiver as well."""
+    incoming.start_postcopy("--tls")
+    if kills:
+        incoming.b.kill(incoming.b.processes(" emulate ")[0])
+    else:
+        incoming.a.virsh("domjobabort", "--postcopy", incoming.domain.name)
+    assert "failed in post-copy phase" in incoming.fails()
+    incoming.start(*RESUME, "--tls")
+    incoming.finish()
+    incoming.wait_arrived()
+
+
+def test_tls_without_certificates(incoming: Incoming, hosts: Pair):
+    """What is wrong reaches virsh."""
+    key = hosts.folder / "tls/server-key.pem"
+    key.rename(key.with_suffix(".away"))
+    try:
+        incoming.start("--postcopy", "--tls")
+        assert "server-key.pem" in incoming.fails()
+    finally:
+        key.with_suffix(".away").rename(key)
+
+
 def test_cancel_in_precopy(incoming: Incoming):
     incoming.start("--postcopy", mib_s=4)
     incoming.wait(lambda: "active" in incoming.statuses())
@@ -325,9 +350,9 @@ def test_debians_defaults_and_what_we_ship(hosts: Pair, domain: Domain):
         wait_until(lambda: not to.left(), "nothing left")
 
 
-def test_many_guests_at_once(hosts: Pair):
+def test_many_guests_at_once(hosts: Pair, four_domains: list[Domain]):
     """A host's evacuation: each domain has a receiver of its own."""
-    domains = [Domain(f"many{number}", hosts.image) for number in range(4)]
+    domains = four_domains
     with strict(hosts.b), contextlib.ExitStack() as stack:
         incoming = [
             stack.enter_context(contextlib.closing(Incoming(hosts.a, hosts.b, domain)))
@@ -340,6 +365,3 @@ def test_many_guests_at_once(hosts: Pair):
         for each in incoming:
             each.finish()
             each.wait_arrived()
-        for domain in domains:
-            hosts.b.virsh("destroy", domain.name)
-        wait_until(lambda: not hosts.b.left(), "nothing left")

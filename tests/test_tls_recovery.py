@@ -93,7 +93,7 @@ def test_cut_and_recovered(tmp_path, unique_name, what):
         source.send_pages(0, DATA[:50])
         guest.say("visit", 0, DATA[60:61])
         assert source.request() == (0, DATA[60])
-        process = receiver.coordinator._door.process
+        process = receiver.coordinator._doorway.door.process
         match what:
             case "network":
                 wire.shutdown(socket.SHUT_RDWR)

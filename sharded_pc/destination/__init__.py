@@ -165,6 +165,7 @@ class QemuDestination:
     async def meet_again(self) -> None:
         """Its monitor, as the receiver that died had it; QemuFailed."""
         assert self._process is not None
+        self.monitor.has_loaded = True
         connecting = self.monitor.connect(self._monitor_path)
         await self._process.unless_exited(connecting, START_SECONDS, "open its monitor")
 

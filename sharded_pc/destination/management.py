@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qemu.qmp import ExecuteError
 
@@ -19,6 +19,9 @@ from sharded_pc.destination.monitor import Monitor
 from sharded_pc.destination.relay import Relay
 from sharded_pc.errors import QmpError, ShardedPcError
 from sharded_pc.state import MigrationStatus
+
+if TYPE_CHECKING:
+    from sharded_pc.transport.tls.credentials import Credentials
 
 OURS = (
     "compress", "multifd", "postcopy-preempt", "postcopy-ram", "x-ignore-shared", "xbzrle",
@@ -29,6 +32,8 @@ fed."""
 REFUSED = ("background-snapshot", "dirty-bitmaps", "mapped-ram", "switchover-ack", "validate-uuid",
            "x-colo")  # fmt: skip
 """What this receiver cannot take, or must know from the start."""
+TLS = ("tls-creds", "tls-hostname", "tls-authz")
+"""Parameters that QEMU gets when it has taken what it is fed: that comes without TLS."""
 ENDED = "There is an incoming migration: the guest can be migrated on when all of it is here"
 FAILED_SECONDS = 10.0
 """For who manages QEMU to ask why it has failed, and to end it."""
@@ -45,6 +50,8 @@ class Incoming:
     """and the reason of a failure or a pause"""
     where: Callable[[], Address | None]
     """a source may come"""
+    require: Callable[[Credentials | None], None]
+    """of a source that comes from now on; None: nothing"""
 
 
 class Management:
@@ -66,6 +73,7 @@ class Management:
         self._capabilities = dict.fromkeys(OURS, False)
         """of ours, as they were set"""
         self._events = resumed
+        self._tls: dict[str, str] = {}
         self._stream_fds = set(stream_fds)
         self._commands: Mapping[str, Callable[[dict], Awaitable[object]]] = {
             "migrate-set-capabilities": self._set_capabilities,
@@ -138,18 +146,48 @@ class Management:
             each["state"] = seen.get(each["capability"], each["state"])
         return found
 
-    async def _set_parameters(self, arguments: dict) -> object:
-        if arguments.get("tls-creds"):
+    async def _set_parameters(self, arguments: dict) -> None:
+        tls = {name: arguments[name] or "" for name in TLS if name in arguments}
+        if tls:
+            await self._set_tls({**self._tls, **tls})
+        await self._qemu.set_parameters(arguments, put_off=TLS)
+
+    async def _set_tls(self, tls: dict[str, str]) -> None:
+        """TLS ends here: with the credentials that QEMU was given an object of."""
+        if tls.get("tls-authz"):
             raise QmpError(
-                "the receiver of this guest does not end TLS here: migrate without TLS "
-                "(virsh: without --tls)"
+                "tls-authz: the receiver of this guest lets everybody in whose certificate the "
+                "authority of tls-creds has signed, and knows no other rule: migrate without it"
             )
-        return await self._qemu.execute("migrate-set-parameters", arguments)
+        name = tls.get("tls-creds")
+        self._incoming.require(await self._credentials(name) if name else None)
+        self._tls = tls
+
+    async def _credentials(self, name: str) -> Credentials:
+        from sharded_pc.transport.tls.credentials import X509, Psk
+
+        kind = await self._of_object(name, "type")
+        folder = str(await self._of_object(name, "dir"))
+        endpoint = await self._of_object(name, "endpoint")
+        if endpoint != "server":
+            raise QmpError(f"tls-creds: {name} is of endpoint={endpoint}, expected server")
+        if kind == "tls-creds-psk":
+            return Psk(folder)
+        if kind != "tls-creds-x509":
+            raise QmpError(f"tls-creds: {name} is a {kind}, which the receiver cannot use")
+        return X509(folder, verify_peer=await self._of_object(name, "verify-peer") is True)
+
+    async def _of_object(self, name: str, key: str) -> object:
+        arguments = {"path": f"/objects/{name}", "property": key}
+        return await self._qemu.execute("qom-get", arguments)
 
     async def _migrate_incoming(self, arguments: dict) -> None:
         self._incoming.open(self._address(arguments))
 
     async def _migrate_recover(self, arguments: dict) -> None:
+        if not self._tls:  # a dead receiver's are QEMU's since its guest runs
+            found = await self._qemu.execute("query-migrate-parameters", {})
+            await self._set_tls({name: found.get(name, "") for name in TLS})
         self._incoming.recover(self._address(arguments))
 
     def _address(self, arguments: dict) -> Address:

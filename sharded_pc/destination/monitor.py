@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
@@ -35,6 +35,9 @@ class Monitor:
         self._connected = asyncio.Event()
         self._before: dict[str, bool] = {}
         """capabilities as the user had them"""
+        self.has_loaded = False
+        """QEMU has taken its stream"""
+        self._put_off: dict[str, object] = {}
 
     async def connect(self, path: Path) -> None:
         """As soon as QEMU listens there; the caller sets the time limit."""
@@ -58,6 +61,16 @@ class Monitor:
         """As execute()."""
         await self._connected.wait()
         await self._set(states)
+
+    async def set_parameters(
+        self, parameters: Mapping[str, object], *, put_off: Sequence[str]
+    ) -> None:
+        """As execute(); those to be `put_off` when QEMU has taken the stream."""
+        later = {} if self.has_loaded else {k: parameters[k] for k in put_off if k in parameters}
+        now = {name: value for name, value in parameters.items() if name not in later}
+        if now or not later:
+            await self.execute("migrate-set-parameters", now)
+        self._put_off |= later
 
     async def disconnect(self) -> None:
         """Never raises."""
@@ -137,9 +150,12 @@ class Monitor:
         async for event in self._events:
             status = event.get("data", {}).get("status")
             if status == "completed":
-                return
+                break
             if status == "failed":
                 raise QemuFailed(
                     "QEMU did not take the device state (its message stands above); are its "
                     "arguments those of the source?"
                 )
+        self.has_loaded = True
+        if self._put_off:
+            await self._qmp.execute("migrate-set-parameters", self._put_off)

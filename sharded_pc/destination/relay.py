@@ -88,6 +88,9 @@ class Relay:
             reply["error"] = {"class": "GenericError", "desc": f"JSON parse error, {error}"}
         except QmpError as error:
             reply["error"] = {"class": error.kind, "desc": str(error)}
+        except Exception as error:  # who asks waits for ever for an answer
+            log.exception("a command at QEMU's monitor failed")
+            reply["error"] = {"class": "GenericError", "desc": f"the receiver failed: {error!r}"}
         return json.dumps(reply).encode()
 
     def _send(self, kind: int, data: bytes = b"") -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sharded_pc.testing.certificates import Authority
 from tests.libvirt.domain import MEMORY_MIB
 from tests.libvirt.host import Host
 from tests.libvirt.network import Network
@@ -44,6 +45,16 @@ class Pair:
     binary: QemuBinary
 
 
+def _certificates(folder: Path) -> Path:
+    """Of both hosts; for any user to read, as QEMU is not always root's."""
+    authority = Authority(folder)
+    for what in ("server", "client"):
+        authority.issue(folder, what)
+    for each in folder.iterdir():
+        each.chmod(0o644)
+    return folder
+
+
 @contextlib.contextmanager
 def pair() -> Iterator[Pair]:
     """Both, running; nothing is left of them. ``lacking`` is to be asked before."""
@@ -55,7 +66,8 @@ def pair() -> Iterator[Pair]:
         folder.chmod(0o755)  # QEMU's user may be another
         image = write_image(folder / "guest.img", MEMORY_MIB)
         image.chmod(0o666)
+        qemu = {"migrate_tls_x509_cert_dir": str(_certificates(folder / "tls"))}
         network = stack.enter_context(Network())
-        a = stack.enter_context(Host(folder / "a", 0, network, binary))
-        b = stack.enter_context(Host(folder / "b", 1, network, binary))
+        a = stack.enter_context(Host(folder / "a", 0, network, binary, qemu))
+        b = stack.enter_context(Host(folder / "b", 1, network, binary, qemu))
         yield Pair(a, b, image, folder, network, binary)

@@ -99,3 +99,9 @@ void sp_bytes_free(sp_bytes *bytes)
     free(bytes->at);
     *bytes = (sp_bytes){0};
 }
+
+bool sp_bytes_blank(const sp_bytes *bytes)
+{
+    const char *end = bytes->len ? bytes->at + bytes->len : NULL;
+    return !end || skip_space(bytes->at, end) == end;
+}

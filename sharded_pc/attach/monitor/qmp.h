@@ -26,5 +26,7 @@ char *sp_bytes_more(sp_bytes *bytes, size_t more);
 /* Forgets the first n. */
 void sp_bytes_drop(sp_bytes *bytes, size_t n);
 void sp_bytes_free(sp_bytes *bytes);
+/* Nothing but white space. */
+bool sp_bytes_blank(const sp_bytes *bytes);
 
 #endif

@@ -9,7 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
@@ -30,13 +29,6 @@ static const char *const OWNED[] = {
 static uint64_t now_ms(void)
 {
     return sp_clock_ns() / 1000000;
-}
-
-static void wake(sp_relay *r)
-{
-    uint64_t one = 1;
-    while (write(r->wake, &one, sizeof one) < 0 && errno == EINTR) {
-    }
 }
 
 /* --- sending --- */
@@ -283,6 +275,7 @@ static void lose_receiver(sp_relay *r)
     if (r->guest_runs && r->negotiated) {
         int n = snprintf(text, sizeof text, PAUSED, (long long)time(NULL));
         say(r->client, text, (size_t)n);
+        r->told_pause = 1;
     }
     r->guest_runs = 0; /* once for each time: who takes its place may die before it says anything */
 }
@@ -305,9 +298,19 @@ static void refuse(sp_relay *r)
 
 /* --- the receiver --- */
 
+/* Whoever manages QEMU may go on at once after a pause: another word of it would end that. */
+static void pass_event(sp_relay *r, const char *json, size_t len)
+{
+    static const char RUNS[] = "\"postcopy-active\"", PAUSED[] = "\"postcopy-paused\"";
+    int again = r->told_pause && memmem(json, len, PAUSED, sizeof PAUSED - 1);
+    r->told_pause = 0;
+    r->guest_runs |= memmem(json, len, RUNS, sizeof RUNS - 1) != NULL;
+    if (r->negotiated && !again)
+        say(r->client, json, len);
+}
+
 static void hear_receiver(sp_relay *r, const sp_frame *frame, const char *data)
 {
-    static const char RUNS[] = "\"postcopy-active\"";
     switch (frame->kind) {
     case SP_FRAME_ANSWER:
         if (r->stale) {
@@ -318,9 +321,7 @@ static void hear_receiver(sp_relay *r, const sp_frame *frame, const char *data)
         }
         break;
     case SP_FRAME_EVENT:
-        r->guest_runs |= memmem(data, frame->len, RUNS, sizeof RUNS - 1) != NULL;
-        if (r->negotiated)
-            say(r->client, data, frame->len);
+        pass_event(r, data, frame->len);
         break;
     case SP_FRAME_PING:
         tell_receiver(r, SP_FRAME_PING, NULL, 0);
@@ -387,65 +388,10 @@ static int read_some(sp_relay *r, int sock, sp_bytes *into, int with_fds)
 
 /* --- the end --- */
 
-static bool only_space(const sp_bytes *bytes)
-{
-    for (size_t i = 0; i < bytes->len; i++)
-        if (!memchr(" \t\r\n", bytes->at[i], 4))
-            return false;
-    return true;
-}
-
-static int unread(int sock)
-{
-    int n = 0;
-    return ioctl(sock, FIONREAD, &n) ? -1 : n;
-}
-
-/* In QEMU's thread that polls `outer` and has just read from it: poll(2) goes on waiting for what was
- * under a descriptor as it began, so only that thread may put something else there.  QEMU does not write
- * meanwhile; the relay's thread is parked.  If anything is under way after all, it tries again. */
-static void exchange(sp_relay *r)
-{
-    int outer = atomic_load(&r->outer);
-    if (r->parked && unread(outer) > 0)
-        return; /* QEMU comes again, for that */
-    if (r->parked && unread(outer) == 0 && unread(r->inner) == 0 && only_space(&r->from_qemu) &&
-        dup3(r->client, outer, O_CLOEXEC) >= 0) {
-        atomic_store(&r->outer, -1);
-        r->left = 1;
-    }
-    r->parked = 0;
-    wake(r);
-}
-
-ssize_t sp_relay_receive(sp_relay *r, int fd, struct msghdr *msg, int flags)
-{
-    ssize_t n = syscall(SYS_recvmsg, fd, msg, flags);
-    if (n > 0 && sp_relay_has(r, fd)) {
-        pthread_mutex_lock(&r->lock);
-        if (r->parked && sp_relay_has(r, fd))
-            exchange(r);
-        pthread_mutex_unlock(&r->lock);
-    }
-    return n;
-}
-
-ssize_t sp_relay_send(sp_relay *r, int fd, const struct msghdr *msg, int flags)
-{
-    if (!sp_relay_has(r, fd))
-        return syscall(SYS_sendmsg, fd, msg, flags);
-    pthread_mutex_lock(&r->lock);
-    ssize_t n = syscall(SYS_sendmsg, fd, msg, flags);
-    int err = errno;
-    pthread_mutex_unlock(&r->lock);
-    errno = err;
-    return n;
-}
-
 /* Nobody stands between QEMU and its client any more. */
 static bool leave(sp_relay *r)
 {
-    if (r->waiting.whom != SP_NOBODY || !only_space(&r->from_client) || r->n_fds)
+    if (r->waiting.whom != SP_NOBODY || !sp_bytes_blank(&r->from_client) || r->n_fds)
         return false;
     pthread_mutex_lock(&r->lock);
     if (r->client < 0)
@@ -545,57 +491,4 @@ int sp_relay_start(sp_relay *r, const char *receiver_path)
     pthread_setname_np(thread, "sharded-pc-qmp");
     pthread_detach(thread);
     return 0;
-}
-
-int sp_relay_accepted(sp_relay *r, int client)
-{
-    int pair[2];
-    fcntl(client, F_SETFL, fcntl(client, F_GETFL) | O_NONBLOCK);
-    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair)) {
-        int err = errno;
-        close(client);
-        errno = err;
-        return -1;
-    }
-    fcntl(pair[1], F_SETFL, O_NONBLOCK);
-    pthread_mutex_lock(&r->lock);
-    if (r->left) {
-        pthread_mutex_unlock(&r->lock);
-        close(pair[0]);
-        close(pair[1]);
-        return client;
-    }
-    if (r->next_client >= 0) { /* QEMU has closed its end of that one already */
-        close(r->next_client);
-        close(r->next_inner);
-    }
-    r->next_client = client;
-    r->next_inner = pair[1];
-    atomic_store(&r->outer, pair[0]);
-    pthread_mutex_unlock(&r->lock);
-    wake(r);
-    return pair[0];
-}
-
-int sp_relay_has(sp_relay *r, int fd)
-{
-    return fd >= 0 && atomic_load(&r->outer) == fd;
-}
-
-int sp_relay_getsockname(sp_relay *r, struct sockaddr *addr, unsigned *len)
-{
-    pthread_mutex_lock(&r->lock);
-    int client = r->next_client >= 0 ? r->next_client : r->client;
-    long rc = syscall(SYS_getsockname, client, addr, len);
-    pthread_mutex_unlock(&r->lock);
-    return (int)rc;
-}
-
-void sp_relay_forget(sp_relay *r)
-{
-    pthread_mutex_lock(&r->lock);
-    atomic_store(&r->outer, -1);
-    r->parked = 0;
-    wake(r);
-    pthread_mutex_unlock(&r->lock);
 }

@@ -76,12 +76,15 @@ typedef struct sp_relay {
     unsigned n_fds;
     int negotiated;
     int guest_runs; /* the receiver has said postcopy-active: if it dies, that is a pause */
+    int told_pause; /* of such a death: its successor's first word is the same */
     sp_waiting waiting;
     unsigned stale; /* ANSWERs that are still to come for clients that are gone */
 } sp_relay;
 
 /* 0 or -errno; the thread lives until the migration is over, or the process ends. */
 int sp_relay_start(sp_relay *relay, const char *receiver_path);
+
+/* --- what QEMU's own threads call (outer.c) --- */
 
 /* QEMU has accepted a client: the descriptor that it is to have instead, or -1 and errno. */
 int sp_relay_accepted(sp_relay *relay, int client);

@@ -28,11 +28,13 @@ HAS_PSK = hasattr(ssl.SSLContext, "set_psk_server_callback")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class X509:
-    """`--tls-creds`: tls-creds-x509 with verify-peer=on.  `allowed`: distinguished names of
-    clients, (): every one whose certificate the CA has signed."""
+    """`--tls-creds`: tls-creds-x509, with verify-peer=on unless said otherwise.  `allowed`:
+    distinguished names of clients, (): every one whose certificate the CA has signed."""
 
     folder: str
     allowed: tuple[str, ...] = ()
+    verify_peer: bool = True
+    """a client must have a certificate"""
 
     def check(self) -> None:
         """UsageError."""
@@ -50,7 +52,7 @@ class X509:
     def context(self) -> ssl.SSLContext:
         """UsageError."""
         context = _context()
-        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_mode = ssl.CERT_REQUIRED if self.verify_peer else ssl.CERT_NONE
         self._trust(context)
         self._read(SERVER_CERT)
         # Elsewhere, to find out whether it is one: of a pair OpenSSL does not say which is bad.
