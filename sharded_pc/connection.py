@@ -20,6 +20,7 @@ from sharded_pc.memory import GuestMemory
 from sharded_pc.multifd import Multifd
 from sharded_pc.native.ram import Ram
 from sharded_pc.preempt import Preempt
+from sharded_pc.recording import Recording
 from sharded_pc.state import PostcopyState
 from sharded_pc.transport.channels import Channel, Kind
 from sharded_pc.transport.incoming import Listener, Wire
@@ -35,7 +36,8 @@ LOOK_SECONDS = 0.001
 class Connection:
     """`wire` is a source's, found by `listener`, which other channels of the source may reach.
 
-    With `resumes` it goes on with a paused migration.
+    With `resumes` it goes on with a paused migration.  All its channels are written down in
+    `recording`.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Connection:
         receiver_ending: Ending,
         *,
         resumes: bool = False,
+        recording: Recording | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.ending = Ending(receiver_ending)
@@ -55,19 +58,19 @@ class Connection:
         self._resumes = resumes
         self.back = WayBack(memory, wire.back_fd)
         self._has_begun = False
-        self._is_recorded = False
+        self._recording = recording
         self._ends_preempt = False
         self._further: list[Wire] = []
         self._preempt = Preempt(memory, self.ending.stop, self._preempt_broken)
-        self._multifd = Multifd(memory.control, self.ending.stop, self.ending.because)
+        self._multifd = Multifd(memory.control, self.ending.stop, self.ending.because, recording)
         self._receiver: Receiver
         self._taking = asyncio.create_task(self._take_channels())
 
-    async def receive(self, receiver: Receiver, record_fd: int = -1) -> None:
+    async def receive(self, receiver: Receiver) -> None:
         """The whole stream, for `receiver`; raises what ended it too early."""
         stop = self.ending.stop
         self._preempt.receiver = self._receiver = receiver
-        self._is_recorded = record_fd >= 0
+        record_fd = self._recording.main_fd if self._recording is not None else -1
         incoming = Incoming(
             self._memory, self._wire.fd, stop, self, receiver, record_fd, resumes=self._resumes,
             broken_by=self._wire.broken_by,
@@ -119,17 +122,13 @@ class Connection:
 
     def _take_multifd(self, channel: Channel) -> None:
         self._further.append(self._listener.wire(channel))
-        if self._is_recorded:
-            log.warning("the recording lacks what comes on a channel of multifd")
         self._multifd.take(channel)
 
     def _take_preempt(self, channel: Channel) -> None:
         wire = self._listener.wire(channel)
         self._further.append(wire)
-        if self._is_recorded:
-            log.warning("the recording lacks what comes on the channel of postcopy-preempt")
         try:
-            self._preempt.begin(wire.fd)
+            self._preempt.begin(wire.fd, self._recording)
         except ShardedPcError as error:
             self.ending.because(error)
 

@@ -52,13 +52,13 @@ class Connections:
         self.current: Connection | None = None
         self.paused_by: ShardedPcError | None = None
 
-    async def receive(self, receiver: Receiver, connection: Connection, record_fd: int) -> None:
+    async def receive(self, receiver: Receiver, connection: Connection) -> None:
         """Everything that comes over the connection, and over others if it is lost while the guest
         runs; raises what is no pause."""
         while True:
             self.current = connection
             try:
-                await connection.receive(receiver, record_fd)
+                await connection.receive(receiver)
                 return
             except PAUSES as error:
                 connection.hang_up()
@@ -70,14 +70,13 @@ class Connections:
                 raise
             finally:
                 self.current = None
-                record_fd = -1  # a recording is one stream
                 connection.close()
             connection = await self._next()
 
     async def resume(self, receiver: Receiver, why: ConnectionLost) -> None:
         """Begins with a pause."""
         self._pause(why)
-        await self.receive(receiver, await self._next(), -1)
+        await self.receive(receiver, await self._next())
 
     def _can_pause(self) -> bool:
         """The guest runs here: the source cannot go on with it, and has what is missing."""

@@ -238,7 +238,7 @@ class Coordinator:
             else:
                 self._started(self._entrance.address)
                 coming = self._entrance.connection(self.memory, self._ending)
-                await self.migration.receive(await coming, self._entrance.record_fd)
+                await self.migration.receive(await coming)
         except ShardedPcError as error:
             await self._fail(error)
             raise

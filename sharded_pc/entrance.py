@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Callable
 
 from sharded_pc.address import Address, DeferAddress
 from sharded_pc.connection import Connection
 from sharded_pc.ending import Ending
-from sharded_pc.errors import HostError, UsageError
+from sharded_pc.errors import UsageError
 from sharded_pc.memory import GuestMemory
+from sharded_pc.recording import Recording
 from sharded_pc.settings import Settings
 from sharded_pc.transport.doorway import Doorway
 from sharded_pc.transport.incoming import Listener, listen
@@ -27,11 +27,11 @@ class Entrance:
         self._on_open = on_open
         self._listener: Listener | None = None
         self._listens = asyncio.Event()
-        self.record_fd = -1
+        self._recording: Recording | None = None
         with contextlib.ExitStack() as opened:
             if settings.record is not None:
-                self.record_fd = open_recording(settings.record)
-                opened.callback(os.close, self.record_fd)
+                self._recording = Recording(settings.record)
+                opened.callback(self._recording.close)
             if not isinstance(settings.incoming, DeferAddress):
                 self._listen(settings.incoming)
             self._opened = opened.pop_all()
@@ -59,18 +59,9 @@ class Entrance:
         await ending.unless_over(self._listens.wait())
         assert self._listener is not None
         wire = await ending.unless_over(self._listener.accept())
-        return Connection(wire, self._listener, memory, ending)
+        return Connection(wire, self._listener, memory, ending, recording=self._recording)
 
     def close(self) -> None:
         if self._listener is not None:
             self._listener.close()
         self._opened.close()
-
-
-def open_recording(path: str) -> int:
-    """HostError."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    try:
-        return os.open(path, flags, 0o600)
-    except OSError as error:
-        raise HostError(f"record to {path}: {error.strerror}") from error

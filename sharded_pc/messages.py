@@ -72,8 +72,9 @@ class Receiver(Protocol):
     def define(self, blocks: tuple[RamBlock, ...]) -> None:
         """The block list is known: memory is checked and made, workers map it."""
 
-    async def give_channel(self, number: int, fd: int) -> int:
-        """A worker receives a channel of multifd from now on; its pid.  In the loop; ShardError."""
+    async def give_channel(self, number: int, fd: int, record: str | None) -> int:
+        """A worker receives a channel of multifd from now on, and writes it down in the file
+        `record`; its pid.  In the loop; ShardError."""
 
     def prepare_discard(self) -> None: ...
 

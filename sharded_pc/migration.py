@@ -85,11 +85,11 @@ class Migration:
     def aliases(self) -> Sequence[Alias]:
         return self._populator.aliases
 
-    async def receive(self, connection: Connection, record_fd: int) -> None:
+    async def receive(self, connection: Connection) -> None:
         """Everything that comes over the connection, and over others if it is lost while the guest
         runs; then guests run on plain memory."""
         self._memory.control.note_started()
-        await self.connections.receive(self, connection, record_fd)
+        await self.connections.receive(self, connection)
         await self._finish()
 
     async def take_up(self, guests: frozenset[int]) -> None:
@@ -207,8 +207,8 @@ class Migration:
         await self._ending.unless_over(self.destination.start())
         self.watch()
 
-    async def give_channel(self, number: int, fd: int) -> int:
-        return await self._shards.give_channel(number, fd)
+    async def give_channel(self, number: int, fd: int, record: str | None) -> int:
+        return await self._shards.give_channel(number, fd, record)
 
     # The switch
 

@@ -20,6 +20,7 @@ from sharded_pc.errors import RemoteProtocolError, ShardedPcError, ShardError, S
 from sharded_pc.native.control import Control
 from sharded_pc.native.multifd import ChannelLost, Meeting
 from sharded_pc.native.ram import Stop
+from sharded_pc.recording import Recording
 from sharded_pc.transport.channels import Channel
 from sharded_pc.wire import multifd as wire
 
@@ -28,8 +29,8 @@ log = logging.getLogger(__name__)
 OPENING_SECONDS = 5.0
 """From a channel's connection to its 64 bytes, and from the first channel to the last one."""
 LOOK_AGAIN_SECONDS = 0.01
-Give = Callable[[int, int], Awaitable[int]]
-"""(number, descriptor): a worker has the channel; its pid.  ShardError."""
+Give = Callable[[int, int, str | None], Awaitable[int]]
+"""(number, descriptor, file to write it down): a worker has the channel; its pid.  ShardError."""
 
 
 class Multifd:
@@ -37,11 +38,16 @@ class Multifd:
     but for those of the stream's thread, which say so."""
 
     def __init__(
-        self, control: Control, stop: Stop, on_trouble: Callable[[ShardedPcError], None]
+        self,
+        control: Control,
+        stop: Stop,
+        on_trouble: Callable[[ShardedPcError], None],
+        recording: Recording | None = None,
     ) -> None:
         self._meeting = Meeting(control)
         self._stop = stop
         self._on_trouble = on_trouble
+        self._recording = recording
         self._waiting: list[Channel] = []
         self._given: list[int] = []
         """the pid of each channel's worker"""
@@ -73,14 +79,19 @@ class Multifd:
             await asyncio.sleep(LOOK_AGAIN_SECONDS)  # whoever has spoken is heard meanwhile
             if not self._waiting or time() > deadline:
                 break
-        numbers = [await _read_opening(channel) for channel in self._waiting]
+        openings = [await _read_opening(channel) for channel in self._waiting]
+        numbers = [wire.parse_opening(raw) for raw in openings]
         by_number = dict(zip(numbers, self._waiting, strict=True))
         if sorted(numbers) != list(range(len(numbers))):
             raise _not_whole(numbers)
         self._has_begun = True
         for number in range(len(numbers)):
             self._meeting.expect(number)
-            self._given.append(await give(number, by_number[number].sock.fileno()))
+            record = None
+            if self._recording is not None:
+                record = self._recording.multifd(number, openings[numbers.index(number)])
+            fd = by_number[number].sock.fileno()
+            self._given.append(await give(number, fd, record))
         if self._given:
             log.info("multifd: %d channels", len(self._given))
 
@@ -137,7 +148,7 @@ class Multifd:
         self._meeting.settle(0)
 
 
-async def _read_opening(channel: Channel) -> int:
+async def _read_opening(channel: Channel) -> bytes:
     raw = b""
     loop = asyncio.get_running_loop()
     try:
@@ -153,7 +164,7 @@ async def _read_opening(channel: Channel) -> int:
         ) from None
     except OSError as error:
         raise StreamEnded(f"a channel of multifd was lost ({error.strerror})") from None
-    return wire.parse_opening(raw)
+    return raw
 
 
 def _not_whole(numbers: list[int]) -> RemoteProtocolError:

@@ -20,6 +20,7 @@ from sharded_pc.memory import GuestMemory
 from sharded_pc.messages import ram_reader
 from sharded_pc.native.own_mapping import OwnMapping
 from sharded_pc.native.ram import Ram, Records, Stop, Stopped, Stream, WireClosed
+from sharded_pc.recording import Recording
 from sharded_pc.state import PostcopyState
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class Preempt:
         with self._lock:
             self._main = main
 
-    def begin(self, fd: int) -> None:
+    def begin(self, fd: int, recording: Recording | None = None) -> None:
         """The channel has spoken; `fd` stays the caller's until close().  RemoteProtocolError,
         HostError."""
         with self._lock:
@@ -79,7 +80,8 @@ class Preempt:
                     f"{CHANNEL} has pages before any was asked for",
                     state=self._memory.control.postcopy_state.name,
                 )
-            self._stream = Stream(fd, self._stop)
+            record_fd = -1 if recording is None else recording.preempt()
+            self._stream = Stream(fd, self._stop, record_fd)
             thread = threading.Thread(target=self._run, args=(self._main,), name="preempt")
             threads.start(thread)
             self._thread = thread

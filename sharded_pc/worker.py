@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 
-from sharded_pc import threads
+from sharded_pc import recording, threads
 from sharded_pc.errors import AttachError, HostError, ShardedPcError
 from sharded_pc.geometry import Placement
 from sharded_pc.host import oom
@@ -52,7 +52,7 @@ class ShardWorker:
         self._shard: Shard | None = None
         self._placing: threading.Thread | None = None
         self._guests: dict[int, tuple[int, threading.Thread | None]] = {}
-        self._channels: list[tuple[ChannelLoop, int, threading.Thread]] = []
+        self._channels: list[tuple[ChannelLoop, list[int], threading.Thread]] = []
         self._listening = False
         self._back_fd = -1
         allow_interrupts(INTERRUPT)
@@ -169,22 +169,28 @@ class ShardWorker:
         self.shard.drop_guest(slot, release=release)
         os.close(fd)
 
-    def receive_channel(self, number: int, fd: int) -> None:
-        """A channel of multifd, straight into the blocks; `fd` becomes ours."""
+    def receive_channel(self, number: int, fd: int, record: str | None = None) -> None:
+        """A channel of multifd, straight into the blocks; `fd` becomes ours.  `record`: a file in
+        which it is written down.  HostError."""
         memory = self.memory
         written = memory.written if memory.placement is Placement.CONTINUE else None
         blocks = [block.fd for block in memory.blocks]
         loop = ChannelLoop(memory.control, number, fd, memory.received, written, blocks)
+        fds = [fd]
+        if record is not None:
+            fds.append(recording.append_to(record))
+            loop.record(fds[-1])
         thread = threading.Thread(target=loop.run, name=f"channel-{number}")
-        self._channels.append((loop, fd, thread))
+        self._channels.append((loop, fds, thread))
         thread.start()
 
     def _end_channels(self) -> None:
-        for loop, fd, thread in self._channels:
+        for loop, fds, thread in self._channels:
             loop.stop()
             thread.join()
             loop.release()
-            os.close(fd)
+            for fd in fds:
+                os.close(fd)
         self._channels.clear()
 
     def stop(self, *, release: bool = False) -> None:
@@ -247,9 +253,9 @@ class _Process:
             """The userfaultfd follows on the pipe."""
             worker.add_guest(slot, addresses, mode, reduction.recv_handle(self._conn))
 
-        def channel(number: int) -> None:
+        def channel(number: int, record: str | None) -> None:
             """Its descriptor follows on the pipe."""
-            worker.receive_channel(number, reduction.recv_handle(self._conn))
+            worker.receive_channel(number, reduction.recv_handle(self._conn), record)
 
         self._handlers |= {
             "channel": channel,

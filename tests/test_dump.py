@@ -18,7 +18,7 @@ from sharded_pc.dump import Walk, text, walk
 from sharded_pc.geometry import RamBlock
 from sharded_pc.native import records as native
 from sharded_pc.testing.oracle import PageOracle
-from sharded_pc.wire import resume
+from sharded_pc.wire import multifd, resume
 from sharded_pc.wire import writer as w
 from sharded_pc.wire.constants import Cmd, RamFlag
 from tests import bad_stream_cases, stream_cases
@@ -237,6 +237,15 @@ def test_a_channel_of_multifd() -> None:
     assert messages[3]["flags"] == ["device-state"] and messages[3]["opaque"] == 5
     broken, found = told(stream + _packet(0, (0,), 0, b"x")[:-1])
     assert len(broken) == 4 and found.error is not None and found.error.exit_code == 4
+
+
+def test_a_packet_without_data_tells_the_size_of_the_one_before_it() -> None:
+    """QEMU 7.2 leaves it there; nothing follows."""
+    stream = multifd.opening(0) + multifd.header(0, 0, "pc.ram", [4096]) + DATA
+    stream += multifd.header(1, multifd.Flag.SYNC, size=4096)
+    stream += multifd.header(2, 0, "pc.ram", zero=[8192], size=4096)
+    messages = whole(stream)
+    assert [message.get("length") for message in messages] == [None, 4096, 0, 0]
 
 
 def test_every_truncation_is_told_up_to_there() -> None:

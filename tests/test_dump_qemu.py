@@ -10,6 +10,11 @@ import pytest
 from sharded_pc.dump import Walk
 from tests.qemu.backports import QemuBinary
 from tests.qemu.vm import QemuVm
+from tests.receiver import Receiver
+from tests.test_preempt_qemu import preempt_pages
+from tests.test_receive_multifd_qemu import migrated as migrated_by_multifd
+from tests.test_receive_multifd_qemu import needs
+from tests.test_receive_qemu import Toucher, begin_precopy, booted, switch
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(120)]
 
@@ -72,3 +77,49 @@ def test_mapped_ram(migrated: Callable[..., Path], binary: QemuBinary) -> None:
     (setup,) = (m for m in messages if "blocks" in m)
     assert all(block["mapped-ram"]["page-size"] == 4096 for block in setup["blocks"])
     assert devices(messages) == described(messages)
+
+
+def pages(walk: Walk) -> int:
+    ram = walk.totals.ram()
+    return ram["normal"] + ram["duplicate"]
+
+
+@pytest.mark.uffd
+def test_recorded_channels_of_multifd(tmp_path: Path, unique_name: str, newer: QemuBinary) -> None:
+    needs("zstd")
+    file = tmp_path / "recording"
+    with (
+        booted(tmp_path, newer, memory_mib=16) as source,
+        Receiver(tmp_path, unique_name, None, "--record", str(file)) as receiver,
+    ):
+        outcome = migrated_by_multifd(source, receiver, 2, "zstd")
+    assert outcome.exit_code == 0
+    main, first, second = (whole(file.with_name(file.name + end))[1]
+                           for end in ("", ".multifd-0", ".multifd-1"))  # fmt: skip
+    assert [walk.kind for walk in (main, first, second)] == ["migration", "multifd", "multifd"]
+    assert pages(main) == 0 and pages(first) > 500 and pages(second) > 500
+    assert pages(first) + pages(second) >= outcome.info["ram"]["total"] // 4096
+
+
+@pytest.mark.uffd
+def test_recorded_channel_of_preempt(tmp_path: Path, unique_name: str, newer: QemuBinary) -> None:
+    file = tmp_path / "recording"
+    with (
+        booted(tmp_path, newer, memory_mib=16) as source,
+        Receiver(tmp_path, unique_name, None, "--record", str(file)) as receiver,
+    ):
+        source.set_capabilities(postcopy_ram=True, postcopy_preempt=True)
+        begin_precopy(source, receiver.uri())
+        switch(source, postcopy_rate=2 << 20)
+        with Toucher(receiver) as guest:
+            guest.wait_ready()
+            guest.wait_touched()
+            source.set_parameters(max_postcopy_bandwidth=0)
+            guest.go_on()
+            guest.finish()
+        outcome = receiver.finish()
+    assert outcome.exit_code == 0
+    _, main = whole(file)
+    _, asked_for = whole(file.with_name("recording.preempt"))
+    assert (main.kind, asked_for.kind) == ("migration", "postcopy-preempt")
+    assert pages(asked_for) == preempt_pages(outcome.info) > 0

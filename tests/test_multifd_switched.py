@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from sharded_pc.address import UnixAddress
+from sharded_pc.dump import Walk
+from sharded_pc.errors import HostError
 from sharded_pc.testing.oracle import DIRTIED
+from sharded_pc.wire import multifd as wire
 from tests.control import Control
 from tests.guest_process import GuestProcess
 from tests.multifd_source import ChannelSource
@@ -24,8 +27,31 @@ pytestmark = [pytest.mark.uffd, pytest.mark.usefixtures("placement")]
 DATA = missing_pages(ORACLE, 0, DIRTIED)
 
 
+class Noted:
+    """A source's channel, and what was said on it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock, self.said = sock, b""
+
+    def sendall(self, data: bytes) -> None:
+        self.said += data
+        self._sock.sendall(data)
+
+    def __getattr__(self, name: str):
+        return getattr(self._sock, name)
+
+
 class BothSource(ChannelSource, PreemptSource):
     """As 10.1 does it: postcopy-preempt's channel comes at the switch, those of multifd stay."""
+
+    def open_channel(self, number: int) -> Noted:
+        sock = Noted(self._stack.enter_context(connect(self._uri)))
+        sock.sendall(wire.opening(number, bytes(range(16))))
+        return sock
+
+    def open(self, uri: str) -> None:
+        super().open(uri)
+        self.preempt = Noted(self.preempt)
 
     def switch(self) -> None:
         wait_until(lambda: 1 in self.back.pongs, "the first PONG", WAIT_S)
@@ -46,10 +72,11 @@ class BothSource(ChannelSource, PreemptSource):
 
 
 @contextlib.contextmanager
-def migrating(folder: Path, name: str, stack: contextlib.ExitStack) -> Iterator[tuple]:
+def migrating(folder: Path, name: str, stack: contextlib.ExitStack, **settings) -> Iterator[tuple]:
     """A receiver whose guest runs on what came by multifd, its source, a control client."""
     path, uri = str(folder / f"{name}.control"), f"{folder}/{name}.mig"
-    receiver = stack.enter_context(Receiving(folder, name, incoming=UnixAddress(uri), control=path))
+    settings = {"incoming": UnixAddress(uri), "control": path, **settings}
+    receiver = stack.enter_context(Receiving(folder, name, **settings))
     source = BothSource(f"unix:{uri}", stack, flushes=True)
     control = stack.enter_context(contextlib.closing(Control(path)))
     source.begin()
@@ -95,6 +122,41 @@ def test_with_preempt(tmp_path, unique_name):
             ask_for(guest, source, page)
         info = end(receiver, source, guest)
     assert info["sharded"]["preempt-pages"] >= 3
+
+
+def test_each_channel_is_recorded(tmp_path, unique_name):
+    """Byte by byte, and `dump` reads them all."""
+    file = tmp_path / "recording"
+    with (
+        contextlib.ExitStack() as stack,
+        migrating(tmp_path, unique_name, stack, record=str(file)) as (receiver, source, _),
+        attached(receiver) as guest,
+    ):
+        for page in DATA[5:8]:
+            ask_for(guest, source, page)
+        end(receiver, source, guest)
+    names = ["multifd-0", "multifd-1", "preempt"]
+    for name, channel in zip(names, [*source.channels, source.preempt], strict=True):
+        recorded = Path(f"{file}.{name}")
+        assert recorded.read_bytes() == channel.said
+        with recorded.open("rb", buffering=0) as stream:
+            walk = Walk(stream)
+            pages = [message.get("ram") for message in walk.messages()]
+        assert walk.error is None and any(pages)
+    assert sorted(tmp_path.glob("recording.*")) == [Path(f"{file}.{name}") for name in names]
+
+
+def test_a_channel_that_cannot_be_recorded(tmp_path, unique_name):
+    """Named before the source gets to its switch."""
+    (tmp_path / "recording.multifd-1").mkdir()
+    settings = {"record": str(tmp_path / "recording"), "incoming": UnixAddress(f"{tmp_path}/mig")}
+    with contextlib.ExitStack() as stack:
+        receiver = stack.enter_context(Receiving(tmp_path, unique_name, **settings))
+        source = BothSource(f"unix:{tmp_path}/mig", stack, flushes=True)
+        with contextlib.suppress(OSError):
+            source.set_up()
+        with pytest.raises(HostError, match=r"record to .*recording\.multifd-1: Is a directory"):
+            receiver.finish()
 
 
 @pytest.mark.parametrize("channels", [True, False], ids=["all-cut", "multifd-stays"])

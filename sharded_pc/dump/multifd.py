@@ -80,6 +80,7 @@ def _packet() -> Parser:
         if normal + zero > PACKET_PAGES:
             raise multifd.too_many_pages(normal + zero, PACKET_PAGES)
         pages = tuple(offsets[:normal]), tuple(offsets[normal : normal + zero])
+        size = size if normal else 0  # else left over from the packet before it
         yield Packet(flags, number, _name(name), *pages, size)
     if size > most:
         raise RemoteProtocolError(f"multifd: payload of {size} bytes, expected at most {most}")

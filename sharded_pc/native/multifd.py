@@ -41,6 +41,10 @@ class ChannelLoop:
         for index, block_fd in enumerate(block_fds):
             lib.sp_multifd_use_block(self.raw, index, block_fd)
 
+    def record(self, fd: int) -> None:
+        """What comes is written down in `fd`, which stays the caller's, too.  Before run()."""
+        lib.sp_multifd_record(self.raw, fd)
+
     def run(self) -> None:
         """Until the channel ends, or its socket is shut down."""
         lib.sp_multifd_run(self.raw)

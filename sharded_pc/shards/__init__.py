@@ -88,11 +88,11 @@ class Shards:
         finally:
             self.guests.drop(slot)
 
-    async def give_channel(self, number: int, fd: int) -> int:
-        """A worker receives a channel of multifd, from a copy of `fd`; its pid.  No successor goes
-        on with it.  ShardError."""
+    async def give_channel(self, number: int, fd: int, record: str | None = None) -> int:
+        """A worker receives a channel of multifd, from a copy of `fd`, and writes it down in the
+        file `record`; its pid.  No successor goes on with it.  ShardError."""
         process = await self._shards[number % len(self._shards)].present()
-        await process.tell("channel", number, fd=fd)
+        await process.tell("channel", number, record, fd=fd)
         return process.pid
 
     def revive(self) -> None:

@@ -1,4 +1,5 @@
 /* A channel of multifd: its packets into memory, good ones, bad ones, ones that are cut. */
+#include <errno.h>
 #include <pthread.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -28,17 +29,24 @@ static void *run(void *arg)
     return NULL;
 }
 
-static line open_line(world *w, uint32_t number)
+/* `record_fd`: -1 if what comes is not written down. */
+static line open_recorded(world *w, uint32_t number, int record_fd)
 {
     line l = {.world = w};
     CHECK_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, l.wire), 0);
     sp_sync_expect(w->control, number);
     l.loop = sp_multifd_new(w->control, number, l.wire[1], w->received, NULL);
     CHECK(l.loop);
+    sp_multifd_record(l.loop, record_fd);
     for (uint32_t i = 0; i < WORLD_BLOCKS; i++)
         sp_multifd_use_block(l.loop, i, w->fd[i]);
     CHECK_EQ(pthread_create(&l.thread, NULL, run, l.loop), 0);
     return l;
+}
+
+static line open_line(world *w, uint32_t number)
+{
+    return open_recorded(w, number, -1);
 }
 
 static void close_line(line *l, bool stop)
@@ -136,6 +144,47 @@ static void test_pages_and_zeros(void)
     world_free(w);
 }
 
+static void test_recorded(void)
+{
+    world *w = world_new(0);
+    int file[2];
+    CHECK_EQ(pipe(file), 0);
+    line l = open_recorded(w, 0, file[1]);
+    give_pages(&l, 0, 10, 3, 0);
+    give_sync(&l, 1);
+    sp_sync_release(w->control, 1);
+    close_line(&l, false);
+    uint8_t raw[SP_PACKET_BYTES], page[SP_PAGE_BYTES], got[SP_PACKET_BYTES];
+    fill(raw, 0, 0, 10, 3, 0, sizeof page * 3);
+    CHECK_EQ(read(file[0], got, sizeof got), sizeof got);
+    CHECK_EQ(memcmp(got, raw, sizeof raw), 0);
+    for (int i = 0; i < 3; i++) {
+        CHECK_EQ(read(file[0], page, sizeof page), sizeof page);
+        CHECK_EQ(page[0], 11 + i);
+    }
+    fill(raw, 1, SP_PACKET_SYNC, 0, 0, 0, 0);
+    CHECK_EQ(read(file[0], got, sizeof got), sizeof got);
+    CHECK_EQ(memcmp(got, raw, sizeof raw), 0);
+    close(file[0]);
+    close(file[1]);
+    world_free(w);
+}
+
+static void test_a_recording_that_cannot_be_written(void)
+{
+    world *w = world_new(0);
+    line l = open_recorded(w, 0, 1000000); /* no such descriptor */
+    give_pages(&l, 0, 10, 3, 0);
+    pthread_join(l.thread, NULL);
+    CHECK_EQ(w->control->channels[0].status, SP_SYS);
+    CHECK_EQ(w->control->channels[0].err, EBADF);
+    CHECK_EQ(sp_bits_count(w->received, world_bit(w, 0, 0), WORLD_PAGES[0]), 0);
+    sp_multifd_free(l.loop);
+    close(l.wire[0]);
+    close(l.wire[1]);
+    world_free(w);
+}
+
 static void test_meetings(void)
 {
     world *w = world_new(0);
@@ -229,6 +278,8 @@ static void test_zlib(void)
 void multifd_suite(void)
 {
     test_pages_and_zeros();
+    test_recorded();
+    test_a_recording_that_cannot_be_written();
     test_meetings();
     test_stop_in_the_middle();
     test_damaged_packets();

@@ -7,13 +7,14 @@
 
 #include "multifd/land.h"
 #include "multifd/unpack.h"
+#include "shared/write.h"
 
 enum { WAIT_MS = 100, CHUNK_PAGES = 32 }; /* a chunk stays in the cache until it is written */
 
 struct sp_multifd {
     sp_multifd_channel *channel;
     sp_control *control;
-    int fd;
+    int fd, record_fd; /* the latter -1: what comes is not written down */
     _Atomic uint32_t stop;
     sp_land land;
     sp_unpack *unpack;
@@ -35,6 +36,7 @@ sp_multifd *sp_multifd_new(sp_control *c, uint32_t number, int fd, sp_word *rece
     m->control = c;
     m->channel = &c->channels[number];
     m->fd = fd;
+    m->record_fd = -1;
     m->land.control = c;
     m->land.received = received;
     m->land.written = written;
@@ -53,6 +55,11 @@ void sp_multifd_use_block(sp_multifd *m, uint32_t block, int fd)
     m->land.block_fd[block] = fd;
 }
 
+void sp_multifd_record(sp_multifd *m, int fd)
+{
+    m->record_fd = fd;
+}
+
 /* SP_EOF at the end of the channel, SP_CHANNEL_CUT if some of the n bytes had come. */
 static sp_status take(sp_multifd *m, uint8_t *to, size_t n)
 {
@@ -66,6 +73,8 @@ static sp_status take(sp_multifd *m, uint8_t *to, size_t n)
             m->err = errno;
             return SP_SYS;
         }
+        if (m->record_fd >= 0 && (m->err = sp_write_all(m->record_fd, to + got, (size_t)r)))
+            return SP_SYS;
         got += (size_t)r;
         sp_count(&m->control->totals.multifd, (uint64_t)r);
     }

@@ -15,6 +15,8 @@ sp_multifd *sp_multifd_new(sp_control *c, uint32_t number, int fd, sp_word *rece
                            sp_word *written);
 void sp_multifd_free(sp_multifd *m);
 void sp_multifd_use_block(sp_multifd *m, uint32_t block, int fd);
+/* What comes is written down too, before anybody parses it; `fd` stays the caller's. */
+void sp_multifd_record(sp_multifd *m, int fd);
 void sp_multifd_run(sp_multifd *m);
 /* From another thread. */
 void sp_multifd_stop(sp_multifd *m);

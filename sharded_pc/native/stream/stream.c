@@ -8,6 +8,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "shared/write.h"
+
 sp_stream *sp_stream_new(int fd, int stop_fd, int record_fd)
 {
     sp_stream *s = malloc(sizeof *s);
@@ -52,13 +54,9 @@ static sp_status record(sp_stream *s, const struct iovec *iov, size_t n)
 {
     for (; s->record_fd >= 0 && n; iov++) {
         size_t len = iov->iov_len < n ? iov->iov_len : n;
-        for (size_t done = 0; done < len;) {
-            ssize_t w = write(s->record_fd, (const char *)iov->iov_base + done, len - done);
-            if (w < 0 && errno != EINTR)
-                return failed(s, errno);
-            if (w > 0)
-                done += (size_t)w;
-        }
+        int err = sp_write_all(s->record_fd, iov->iov_base, len);
+        if (err)
+            return failed(s, err);
         n -= len;
     }
     return SP_OK;
