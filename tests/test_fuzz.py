@@ -13,7 +13,15 @@ from tests.fuzz import corpora, native_targets, targets
 from tests.fuzz.mutator import Mutator
 
 EXECUTIONS = 4000
-SLOW = {"incoming": 1200, "ram_records": 800, "ram": 2500, "discards": 2500}
+SLOW = {
+    "incoming": 1200,
+    "ram_records": 800,
+    "preempt_records": 300,
+    "channel_packets": 300,
+    "packets": 2500,
+    "ram": 2500,
+    "discards": 2500,
+}
 """Changed inputs for each target: some seconds."""
 pytestmark = pytest.mark.timeout(150)  # the C core is built with sanitizers
 

@@ -259,6 +259,12 @@ class Precopy(Core):
             os.truncate(fd, block.size)
 
 
+class ReferencePostcopy(Reference):
+    """The same from LISTENING on, and of postcopy-preempt's channel."""
+
+    first_wins = True
+
+
 class Postcopy(Core):
     """Pages go through tmp pages and rings; placement loops make them visible."""
 

@@ -7,6 +7,9 @@ import dataclasses
 import subprocess
 from pathlib import Path
 
+from sharded_pc.native.multifd import can_unpack
+from sharded_pc.wire.multifd import Flag
+
 HERE = Path(__file__).parent / "native"
 TESTS = HERE.parent.parent / "native"
 PACKAGE = HERE.parent.parent.parent / "sharded_pc"
@@ -25,11 +28,23 @@ _FLAGS = ("-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-pthread", "-fno-sanit
 class Target:
     sources: tuple[Path, ...]
     flags: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
 
 
+# Behind the sources, as a linker wants them; what this build has, the target has.
+_UNPACKING = tuple(
+    word
+    for flag, words in (
+        (Flag.ZLIB, ("-DSP_HAVE_ZLIB", "-lz")),
+        (Flag.ZSTD, ("-DSP_HAVE_ZSTD", "-lzstd")),
+    )
+    if can_unpack(flag)
+    for word in words
+)
 TARGETS = {
     "discards": Target((HERE / "discards.c", *_READER), ("-Wl,--wrap=syscall",)),
     "message": Target((HERE / "message.c", GUEST / "message.c")),
+    "packets": Target((HERE / "packets.c", *_READER), ("-Wl,--wrap=syscall",), _UNPACKING),
     "ram": Target((HERE / "ram.c", *_READER), ("-Wl,--wrap=syscall",)),
 }
 
@@ -43,5 +58,6 @@ def build(name: str, program: Path, *, libfuzzer: bool) -> Path:
         compiler = ["cc", "-fsanitize=address,undefined", "-Wconversion", "-Wshadow", "-Werror"]
         also = [HERE / "replay.c"]
     command = [*compiler, *_FLAGS, *target.flags, *includes, "-o", program, *also, *target.sources]
+    command += target.libraries
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=100)
     return program

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from sharded_pc.attach import protocol
 from sharded_pc.wire import multifd, writer
 from sharded_pc.wire import return_path as rp
-from tests import bad_stream_cases, stream_cases, wire_cases
+from tests import bad_stream_cases, packet_cases, stream_cases, wire_cases
 from tests.fuzz.targets import attaching, incoming
 
 SCM_MAX_FD = 253
@@ -161,6 +161,34 @@ def _ram() -> Iterable[bytes]:
         yield bytes([world]) + mixed + _word(other, 30) + b"\x10" + later + refused
 
 
+def _packets() -> Iterable[bytes]:
+    """Programs of native/packets.c."""
+    raw, plain, sync, payload, spoil, method, packed, _ = range(8)
+    good = _word(plain, 3) + b"\x20" + _word(payload, 2) + _word(plain, 8) + b"\x21"
+    good += _word(sync, 9) + b"\0" + _word(plain, 1) + b"\0" + _word(payload)
+    unpacked = b"".join(_word(packed, n) + bytes([60 + n]) for n in range(8))
+    for placement in (b"\0", b"\1"):
+        yield placement + good * 3
+        yield placement + unpacked + _word(sync) + b"\0" + unpacked
+        yield placement + unpacked + _word(packed, 17) + b"\x10" + unpacked
+        for which in (0, 1):
+            yield (
+                placement
+                + _word(method, which)
+                + b"\x10\x08"
+                + _word(raw, 8)
+                + b"(\xb5/\xfd\4\0abc"
+            )
+        for at in range(7):
+            yield placement + good + _word(plain, 5) + b"\3" + _word(spoil, at) + b"\xff" + good
+        yield placement + _word(plain, 2) + b"\xc7" + _word(payload, 1)
+        yield placement + good + _word(raw, 31) + bytes(32)
+
+
+def _channel_packets() -> Iterable[bytes]:
+    return [*packet_cases.GOOD.values(), *(stream for stream, _ in packet_cases.BAD.values())]
+
+
 def _ram_records() -> Iterable[bytes]:
     cases = (*wire_cases.GOOD, *wire_cases.BAD)
     return [case.stream for case in cases if len(case.stream) < 20_000]
@@ -176,6 +204,9 @@ _SEEDS: dict[str, Callable[[], Iterable[bytes]]] = {
     "info_ramblock": _info_ramblock,
     "json_values": _json_values,
     "message": _message,
+    "channel_packets": _channel_packets,
+    "packets": _packets,
+    "preempt_records": _ram_records,
     "ram": _ram,
     "ram_records": _ram_records,
     "return_path": _return_path,
