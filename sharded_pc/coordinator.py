@@ -195,6 +195,7 @@ class Coordinator:
             await destination.adopt(*known)
             if self.management is not None:
                 await destination.meet_again()
+                await self.management.take_up()
             self.migration.watch()
         else:
             await self.migration.start_destination()
@@ -205,7 +206,7 @@ class Coordinator:
         connections = self.migration.connections
         incoming = Incoming(
             self._open, connections.recover, connections.pause, self._status, self._awaited_at,
-            self._doorway.require,
+            self._doorway.prepare,
         )  # fmt: skip
         path = runtime_folder.runtime_path(self.settings.name, runtime_folder.RELAY)
         self.management = Management(

@@ -60,7 +60,7 @@ def newer() -> QemuBinary:
 
 @pytest.fixture(scope="session")
 def hosts() -> Iterator[Pair]:
-    """Two libvirtd.  One test worker has them: tests with the mark xdist_group("libvirt")."""
+    """Two libvirtd, for a test worker; xdist_group("libvirt") asks that only one has them."""
     if why := lacking():
         pytest.skip(why)
     with pair() as found:
@@ -83,7 +83,9 @@ def four_domains(hosts: Pair) -> Iterator[list[Domain]]:
 
 @contextlib.contextmanager
 def _domains(hosts: Pair, count: int) -> Iterator[list[Domain]]:
-    domains = [Domain(f"guest{next(_numbers)}", hosts.image) for _ in range(count)]
+    # Sockets in /tmp have the name: it is not that of another worker's domain.
+    name = f"guest-{os.environ.get('PYTEST_XDIST_WORKER', '')}-"
+    domains = [Domain(f"{name}{next(_numbers)}", hosts.image) for _ in range(count)]
     try:
         yield domains
     finally:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
-from sharded_pc.libvirt import hook
+from sharded_pc.libvirt import hook, install
 from tests.libvirt.domain import QEMU, Domain
 from tests.libvirt.host import Host
 from tests.libvirt.pair import Pair
@@ -33,7 +34,7 @@ STUB = "/var/lib/stub/qemu-stub"
 
 @pytest.fixture
 def hooks(hosts: Pair):
-    """STUB on both hosts, and the hook as a user installs it; it chooses none afterwards."""
+    """STUB on both hosts, and the hook as a user installs it; no other test has it."""
     for host in (hosts.a, hosts.b):
         host.run(sys.executable, "-m", "sharded_pc", "libvirt", "install-hook", "--emulator", STUB)
         host.restart_daemon()
@@ -44,17 +45,16 @@ def hooks(hosts: Pair):
         stub.chmod(0o755)
     yield
     for host in (hosts.a, hosts.b):
-        rule(host, "guests = []")
+        (host.folder / install.PLACE).unlink()
+        rules(host).unlink()
+
+
+def rules(host: Host) -> Path:
+    return host.folder / f"etc/{hook.SETTINGS.removeprefix('/etc/')}"
 
 
 def rule(host: Host, *lines: str) -> None:
-    file = host.folder / f"etc/{hook.SETTINGS.removeprefix('/etc/')}"
-    file.write_text("\n".join(lines))
-
-
-def emulator(host: Host, domain: Domain) -> str:
-    (line,) = [e for e in host.virsh("dumpxml", domain.name).splitlines() if "<emulator>" in e]
-    return line.strip().removeprefix("<emulator>").removesuffix("</emulator>")
+    rules(host).write_text("\n".join(lines))
 
 
 def test_the_hook_gives_incoming_domains_an_emulator_and_takes_it_back(
@@ -65,11 +65,11 @@ def test_the_hook_gives_incoming_domains_an_emulator_and_takes_it_back(
     rule(hosts.a, "guests = []")
     domain.start(hosts.a)
     domain.migrate(hosts.a, hosts.b, *AUTOMATIC)
-    assert emulator(hosts.b, domain) == STUB
+    assert domain.emulator(hosts.b) == STUB
     assert int((hosts.b.folder / f"{STUB.removeprefix('/var/')}.pid").read_text()) == hosts.b.qemu(
         domain.name
     )
     domain.wait_passes(hosts.b)
     domain.migrate(hosts.b, hosts.a, *AUTOMATIC)
-    assert emulator(hosts.a, domain) == QEMU
+    assert domain.emulator(hosts.a) == QEMU
     domain.wait_passes(hosts.a)

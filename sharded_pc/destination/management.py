@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qemu.qmp import ExecuteError
+from qemu.qmp import ExecuteError, QMPError
 
 from sharded_pc.address import Address, FdAddress, TcpAddress, UnixAddress, parse
 from sharded_pc.destination.monitor import Monitor
@@ -22,6 +23,8 @@ from sharded_pc.state import MigrationStatus
 
 if TYPE_CHECKING:
     from sharded_pc.transport.tls.credentials import Credentials
+
+log = logging.getLogger(__name__)
 
 OURS = (
     "compress", "multifd", "postcopy-preempt", "postcopy-ram", "x-ignore-shared", "xbzrle",
@@ -34,6 +37,12 @@ REFUSED = ("background-snapshot", "dirty-bitmaps", "mapped-ram", "switchover-ack
 """What this receiver cannot take, or must know from the start."""
 TLS = ("tls-creds", "tls-hostname", "tls-authz")
 """Parameters that QEMU gets when it has taken what it is fed: that comes without TLS."""
+_SHOWN = {
+    MigrationStatus.CANCELLED: MigrationStatus.FAILED,
+    MigrationStatus.POSTCOPY_RECOVER_SETUP: MigrationStatus.POSTCOPY_RECOVER,
+}
+"""libvirt 9.0 does not know the second, and takes a guest that is still paused when its source has
+begun to recover for lost again: it is told before the reply to migrate-recover."""
 ENDED = "There is an incoming migration: the guest can be migrated on when all of it is here"
 FAILED_SECONDS = 10.0
 """For who manages QEMU to ask why it has failed, and to end it."""
@@ -50,7 +59,7 @@ class Incoming:
     """and the reason of a failure or a pause"""
     where: Callable[[], Address | None]
     """a source may come"""
-    require: Callable[[Credentials | None], None]
+    require: Callable[[Credentials | None], Awaitable[None]]
     """of a source that comes from now on; None: nothing"""
 
 
@@ -74,6 +83,11 @@ class Management:
         """of ours, as they were set"""
         self._events = resumed
         self._tls: dict[str, str] = {}
+        self._told: MigrationStatus | None = None
+        self._has_begun = asyncio.Event()
+        """nobody is told of what a dead receiver has left as it was"""
+        if not resumed:
+            self._has_begun.set()
         self._stream_fds = set(stream_fds)
         self._commands: Mapping[str, Callable[[dict], Awaitable[object]]] = {
             "migrate-set-capabilities": self._set_capabilities,
@@ -86,11 +100,22 @@ class Management:
         }
         self.relay = Relay(path, self._command)
 
+    async def take_up(self) -> None:
+        """What a dead receiver was told of TLS, which QEMU has since its guest runs."""
+        try:
+            found: dict = await self._qemu.execute("query-migrate-parameters", {})
+            await self._set_tls({name: found.get(name, "") for name in TLS})
+        except (QMPError, QmpError, ShardedPcError) as error:
+            log.warning("the source cannot come back by TLS: %s", error)
+
     # What it is told
 
     def tell(self, status: MigrationStatus) -> None:
-        if self._events and status is not MigrationStatus.CANCELLED:
-            self.relay.event("MIGRATION", {"status": status.value})
+        self._has_begun.set()
+        shown = _SHOWN.get(status, status)
+        is_news, self._told = shown is not self._told, shown
+        if self._events and is_news and status is not MigrationStatus.CANCELLED:
+            self.relay.event("MIGRATION", {"status": shown.value})
 
     async def leave(self, gone: Awaitable[object]) -> None:
         """The migration has completed: QEMU has its capabilities and its monitor for itself."""
@@ -115,6 +140,7 @@ class Management:
     # What it asks
 
     async def _command(self, message: dict) -> object:
+        await self._has_begun.wait()
         run = self._commands.get(message.get("execute", ""))
         arguments = message.get("arguments", {})
         if run is None:
@@ -160,7 +186,7 @@ class Management:
                 "authority of tls-creds has signed, and knows no other rule: migrate without it"
             )
         name = tls.get("tls-creds")
-        self._incoming.require(await self._credentials(name) if name else None)
+        await self._incoming.require(await self._credentials(name) if name else None)
         self._tls = tls
 
     async def _credentials(self, name: str) -> Credentials:
@@ -185,9 +211,6 @@ class Management:
         self._incoming.open(self._address(arguments))
 
     async def _migrate_recover(self, arguments: dict) -> None:
-        if not self._tls:  # a dead receiver's are QEMU's since its guest runs
-            found = await self._qemu.execute("query-migrate-parameters", {})
-            await self._set_tls({name: found.get(name, "") for name in TLS})
         self._incoming.recover(self._address(arguments))
 
     def _address(self, arguments: dict) -> Address:
@@ -208,8 +231,7 @@ class Management:
         status, why = self._incoming.status()
         if status is MigrationStatus.NONE:
             return {}
-        shown = MigrationStatus.FAILED if status is MigrationStatus.CANCELLED else status
-        answer: dict[str, Any] = {"status": shown.value}
+        answer: dict[str, Any] = {"status": _SHOWN.get(status, status).value}
         if why:
             answer["error-desc"] = why
         if (where := _socket_address(self._incoming.where())) is not None:

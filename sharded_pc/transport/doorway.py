@@ -35,6 +35,12 @@ class Doorway:
             self.door.start()
         self._credentials = credentials
 
+    async def prepare(self, credentials: Credentials | None) -> None:
+        """As require(); the next handshake need not wait for a process that begins."""
+        self.require(credentials)
+        if self.door is not None and self.door.process is not None:
+            await self.door.process.ready()
+
     async def close(self) -> None:
         """Connections have ended; never raises."""
         for each in self._made:

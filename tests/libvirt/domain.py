@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import uuid
 from pathlib import Path
@@ -107,6 +108,12 @@ class Domain:
 
         wait_until(enough, f"{passes} passes of {self.name}", timeout)
         assert "E" not in (said := self.said(host)), said
+
+    def emulator(self, host: Host) -> str:
+        """What its XML has, as it runs there."""
+        xml = host.virsh("dumpxml", self.name)
+        (found,) = re.findall("<emulator>(.*)</emulator>", xml)
+        return found
 
     def state(self, host: Host) -> str:
         """``virsh domstate --reason``."""

@@ -44,6 +44,7 @@ class TlsProcess:
         self._stopped = self._silent = 0
         """looks"""
         self._is_asked = False
+        self._has_answered = asyncio.Event()
         self._watching = asyncio.create_task(self._watch())
 
     def send(self, message: object, descriptors: list[int]) -> None:
@@ -52,6 +53,11 @@ class TlsProcess:
             fds.send(self._control, message, descriptors)
         except OSError as error:
             raise HostError(f"hand a connection to the TLS process: {error.strerror}") from None
+
+    async def ready(self) -> None:
+        """Returns when it could serve a connection at once; also if it takes too long for that."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._has_answered.wait(), SILENT_SECONDS)
 
     def is_alive(self) -> bool:
         return self._process.is_alive()
@@ -107,6 +113,8 @@ class TlsProcess:
         """To what it was asked at a look before; asks again if so."""
         with contextlib.suppress(OSError):  # BlockingIOError: not yet; else its end is at hand
             if not self._is_asked or self._control.recv(MAX_ANSWER_BYTES, socket.MSG_DONTWAIT):
+                if self._is_asked:
+                    self._has_answered.set()
                 self._is_asked = True
                 fds.send(self._control, serving.PING)
                 return True
