@@ -141,6 +141,7 @@ def strict(host: Host) -> Iterator[None]:
 
 def test_postcopy_by_hand(incoming: Incoming):
     incoming.start_postcopy()
+    assert incoming.b.locked_by(incoming.domain.name) == incoming.b.qemu(incoming.domain.name)
     incoming.finish()
     assert incoming.statuses() == [*SETUP, *POSTCOPY, "completed"]
     incoming.wait_arrived()

@@ -189,8 +189,9 @@ static bool is_named(int fd, char **argv)
     return false;
 }
 
-/* Descriptors that are the receiver's alone: -incoming fd:N, else those that no argument says a use of,
- * for which `migrate-incoming fd:N` may come (libvirt's restore, and its tunnel). */
+/* Descriptors that the migration may come by: -incoming fd:N, else those that can be read and that no
+ * argument says a use of, for which `migrate-incoming fd:N` may come (libvirt's restore, and its tunnel).
+ * Those stay QEMU's too: somebody may count on it (libvirt on the lock of its pid file). */
 static size_t find_streams(const char *incoming, char **argv, int *fds)
 {
     size_t n = 0;
@@ -202,7 +203,8 @@ static size_t find_streams(const char *incoming, char **argv, int *fds)
     struct stat st;
     for (struct dirent *each; dir && n < STREAMS_MOST && (each = readdir(dir));) {
         int fd = atoi(each->d_name); /* ".", "..": standard input, as good as none */
-        if (fd <= STDERR_FILENO || fcntl(fd, F_GETFD) & FD_CLOEXEC || fstat(fd, &st))
+        if (fd <= STDERR_FILENO || fcntl(fd, F_GETFD) & FD_CLOEXEC ||
+            (fcntl(fd, F_GETFL) & O_ACCMODE) == O_WRONLY || fstat(fd, &st))
             continue;
         if ((S_ISREG(st.st_mode) || S_ISFIFO(st.st_mode) || S_ISSOCK(st.st_mode)) &&
             !is_named(fd, argv))
@@ -377,7 +379,7 @@ int main(int argc, char **argv)
     close(from);
     if (!len)
         stand_aside(&s, "the receiver has ended, or hangs (its message may stand above)", argv);
-    if (text[0] != 'm')
-        close_streams(&p); /* the receiver has them */
+    if (text[0] != 'm' && stream_of(incoming) >= 0)
+        close_streams(&p); /* the receiver has it */
     obey(&s, text, len, argv);
 }

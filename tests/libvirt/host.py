@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,15 @@ class Host:
         if process.returncode:
             raise VirshError(err.strip(), self._errors())
         return out
+
+    def locked_by(self, domain: str) -> int:
+        """Who has the lock of a domain's pid file, which libvirt lets QEMU keep; 0: nobody."""
+        program = (
+            "import fcntl, struct, sys; lock = struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, 0, 0, 0); "
+            "found = fcntl.fcntl(open(sys.argv[1], 'r+'), fcntl.F_GETLK, lock); "
+            "print(struct.unpack('hhqqi4x', found)[-1])"
+        )
+        return int(self.run(sys.executable, "-c", program, f"/run/libvirt/qemu/{domain}.pid"))
 
     def destroy(self, domain: str) -> None:
         """Nothing is left of it, if it is here.  Not by libvirt's way: a QEMU whose guest waits for
