@@ -28,9 +28,7 @@ class TestFile:
         assert settings.read(tmp_path) == settings.EmulatorSettings()
 
     def test_beside_the_emulator_counts_more(self, tmp_path):
-        settings.EVERYWHERE.write_text(
-            'workers = 3\nplacement = "copy"\nguests = ["a*"]\n[hook]\nall = true\n'
-        )
+        settings.EVERYWHERE.write_text('workers = 3\nplacement = "copy"\nguests = ["a*"]\n')
         (tmp_path / settings.FILE).write_text('workers = 4\nleast-memory = "2G"\n')
         found = settings.read(tmp_path)
         assert (found.workers, found.placement, found.least_memory) == (4, Placement.COPY, 2 << 30)

@@ -15,8 +15,6 @@ from sharded_pc.qemu_args.syntax import size_bytes
 
 FILE = "sharded-pc.toml"
 EVERYWHERE = Path("/etc") / FILE
-OTHERS = ("hook",)
-"""Tables of the file that others read (libvirt/hook.py)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +60,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {error}") from None
-    own = {key: value for key, value in values.items() if key not in OTHERS}
-    return {key.replace("-", "_"): _value(path, key, value) for key, value in own.items()}
+    return {key.replace("-", "_"): _value(path, key, value) for key, value in values.items()}
 
 
 def _value(path: Path, key: str, value: Any) -> Any:
