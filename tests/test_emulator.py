@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -302,14 +303,14 @@ class TestManagement:
 
     def test_tls(self, tmp_path, unique_name, newer):
         """It ends in the receiver; QEMU has the parameter when its guest runs, so a receiver that
-        takes a dead one's place does too."""
+        takes a dead one's place does too, and if it cannot have TLS it takes nobody without."""
         uri, creds = f"unix:{tmp_path}/in", {"qom-type": "tls-creds-x509", "verify-peer": True}
         with migrating(tmp_path, unique_name, newer, writes=True) as (source, vm):
             vm.launch()
             with contextlib.closing(Libvirt(vm.monitor_path)) as libvirt:
                 libvirt.negotiate()
-                folder = str(certificates() / "server")
-                libvirt.ask("object-add", id="tls0", dir=folder, endpoint="server", **creds)
+                folder = shutil.copytree(certificates() / "server", tmp_path / "server")
+                libvirt.ask("object-add", id="tls0", dir=str(folder), endpoint="server", **creds)
                 reply = libvirt.say(
                     {"execute": "migrate-set-parameters", "arguments": {"tls-creds": "tls1"}}
                 )
@@ -323,8 +324,13 @@ class TestManagement:
                 switch(source, postcopy_rate=RATE)
                 libvirt.ask("cont")
                 wait_until(lambda: vm.look()["postcopy-state"] == "running", "the switch")
+                key = (folder / "server-key.pem").rename(folder / "away")
                 os.kill(vm.receiver(), signal.SIGKILL)
                 source.wait_migration("postcopy-paused")
+                reply = libvirt.say({"execute": "migrate-recover", "arguments": {"uri": uri}})
+                assert "server-key.pem" in reply["error"]["desc"]
+                key.rename(folder / "server-key.pem")
+                libvirt.ask("migrate-set-parameters", **{"tls-creds": "tls0"})
                 libvirt.ask("migrate-recover", uri=uri)
                 source.set_parameters(max_postcopy_bandwidth=0)
                 source.migrate(uri, resume=True)

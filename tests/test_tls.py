@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import shutil
 import signal
@@ -50,11 +51,11 @@ class Place:
             return sock
         return socket.create_connection((where.host, where.port), timeout=WAIT_S)
 
-    async def source(self) -> bytes:
+    async def source(self, context: ssl.SSLContext | None = None) -> bytes:
         """A good one comes, and is taken; what it hears."""
 
         def migrate() -> bytes:
-            with inside(self.connect()) as plain:
+            with inside(self.connect(), context) as plain:
                 plain.sendall(MAGIC)
                 return plain.recv(99)
 
@@ -200,6 +201,17 @@ def test_only_who_is_named_is_let_in(tmp_path, caplog):
     assert f"name is not in --tls-authz: {SOURCE_NAME}" in caplog.text
     caplog.clear()
     play(let_in, tmp_path, creds=credentials("CN=other", SOURCE_NAME))
+    assert not caplog.records
+
+
+def test_no_certificate_where_none_is_asked_for(tmp_path, caplog):
+    """verify-peer=off, as by migrate_tls_x509_verify = 0 of libvirt."""
+    open_to_all = dataclasses.replace(credentials(), verify_peer=False)
+
+    async def scene(place: Place) -> None:
+        assert await place.source(without()) == b"pong"
+
+    play(scene, tmp_path, creds=open_to_all)
     assert not caplog.records
 
 

@@ -83,6 +83,8 @@ class Management:
         """of ours, as they were set"""
         self._events = resumed
         self._tls: dict[str, str] = {}
+        self._no_tls: str | None = None
+        """why a source that came by TLS cannot come again: it does not come without either"""
         self._told: MigrationStatus | None = None
         self._has_begun = asyncio.Event()
         """nobody is told of what a dead receiver has left as it was"""
@@ -106,7 +108,8 @@ class Management:
             found: dict = await self._qemu.execute("query-migrate-parameters", {})
             await self._set_tls({name: found.get(name, "") for name in TLS})
         except (QMPError, QmpError, ShardedPcError) as error:
-            log.warning("the source cannot come back by TLS: %s", error)
+            self._no_tls = f"the source was to come by TLS, which cannot be: {error}"
+            log.error("%s; set tls-creds again", self._no_tls)
 
     # What it is told
 
@@ -187,7 +190,7 @@ class Management:
             )
         name = tls.get("tls-creds")
         await self._incoming.require(await self._credentials(name) if name else None)
-        self._tls = tls
+        self._tls, self._no_tls = tls, None
 
     async def _credentials(self, name: str) -> Credentials:
         from sharded_pc.transport.tls.credentials import X509, Psk
@@ -211,6 +214,8 @@ class Management:
         self._incoming.open(self._address(arguments))
 
     async def _migrate_recover(self, arguments: dict) -> None:
+        if self._no_tls is not None:
+            raise QmpError(self._no_tls)
         self._incoming.recover(self._address(arguments))
 
     def _address(self, arguments: dict) -> Address:

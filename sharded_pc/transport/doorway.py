@@ -30,9 +30,10 @@ class Doorway:
         else:
             from sharded_pc.transport.tls.door import Door  # ssl is loaded where it is used
 
-            self.door = Door(credentials)
-            self._made.append(self.door)
-            self.door.start()
+            door = Door(credentials)
+            door.start()
+            self._made.append(door)
+            self.door = door
         self._credentials = credentials
 
     async def prepare(self, credentials: Credentials | None) -> None:
