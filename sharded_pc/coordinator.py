@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharded_pc import host, runtime_folder
-from sharded_pc.address import Address, DeferAddress, parse
+from sharded_pc.address import Address, DeferAddress
 from sharded_pc.attach.server import AttachServer
 from sharded_pc.ending import Ending
 from sharded_pc.entrance import Entrance
@@ -29,8 +29,8 @@ from sharded_pc.errors import (
 from sharded_pc.huge_pages import HugePages
 from sharded_pc.memory import GuestMemory
 from sharded_pc.migration import Migration
+from sharded_pc.monitors import Monitors, Receiving
 from sharded_pc.native.guests import Guests
-from sharded_pc.observe.qmp import Command, QmpServer
 from sharded_pc.observe.status import is_over, receiver_info
 from sharded_pc.populate import Populator
 from sharded_pc.settings import Settings
@@ -41,13 +41,10 @@ from sharded_pc.transport.doorway import Doorway
 
 if TYPE_CHECKING:
     from sharded_pc.destination import QemuDestination
-    from sharded_pc.destination.management import Management
 
 __all__ = ["Coordinator", "Settings"]
 
 CANCELLED, FAILED = MigrationStatus.CANCELLED, MigrationStatus.FAILED
-LAST_WORD_SECONDS = 2.0
-"""How long control clients that are connected when the migration ends may ask how it ended."""
 
 
 class Coordinator:
@@ -70,8 +67,7 @@ class Coordinator:
         self.memory: GuestMemory
         self.shards: Shards
         self.migration: Migration
-        self._qmp: QmpServer | None = None
-        self.management: Management | None = None
+        self._monitors: Monitors
         self._doorway = Doorway()
         self.error: ShardedPcError | None = None
         self.resumes = False
@@ -115,9 +111,14 @@ class Coordinator:
         await self._start_shards()
         self.migration = Migration(
             settings, self.memory, self.shards, populator, self._huge_pages, self._ending,
-            self._tell_status, self._doorway,
+            lambda status: self._monitors.tell(status), self._doorway,
         )  # fmt: skip
         connections = self.migration.connections
+        receiving = Receiving(
+            self.info, self._status, self._open, self._awaited_at, self.quit, connections,
+            self._doorway,
+        )  # fmt: skip
+        self._monitors = Monitors(receiving, self._exit)
         self.shards.on_restart = lambda: connections.worker_restarted(self.shards.pids())
         self.shards.on_trouble = connections.trouble
         if self.resumes:
@@ -138,7 +139,7 @@ class Coordinator:
     def _opened(self) -> None:
         """`migrate-incoming` has said where the source comes."""
         self.memory.control.status = MigrationStatus.SETUP
-        self._tell_status(MigrationStatus.SETUP)
+        self._monitors.tell(MigrationStatus.SETUP)
 
     async def _start_shards(self) -> None:
         count = self.memory.control.view.n_shards
@@ -152,21 +153,9 @@ class Coordinator:
             if self.settings.attach is not None:
                 self._serve_guests(self.settings.attach)
             if self.settings.control is not None:
-                self._qmp = QmpServer(self.settings.control, self._commands())
-                self._exit.push_async_callback(self._qmp.close)
-                await self._qmp.start()
+                await self._monitors.serve(self.settings.control)
         except OSError as error:
             raise HostError(f"make a socket: {error.strerror or error}") from error
-
-    def _commands(self) -> list[Command]:
-        connections = self.migration.connections
-        return [
-            Command("query-migrate", self.info),
-            Command("quit", self.quit),
-            Command("migrate-incoming", lambda uri: self._open(parse(uri)), {"uri": str}),
-            Command("migrate-recover", lambda uri: connections.recover(parse(uri)), {"uri": str}),
-            Command("migrate-pause", connections.pause),
-        ]
 
     def _open(self, uri: Address) -> None:
         if self.resumes:
@@ -187,37 +176,15 @@ class Coordinator:
         assert self.migration.attach is not None
         ask, attached = self.migration.connections.ask_again, self.migration.attach.guests.guest_of
         destination = _destination(self.settings, self.memory, ask, attached, self._exit)
-        if self.settings.monitor is not None:
-            self._make_management(destination, self.settings.monitor)
+        self._monitors.relay(destination, self.settings, resumed=self.resumes)
         self._exit.push_async_callback(destination.end)
         self.migration.destination = destination
         if known is not None:
             await destination.adopt(*known)
-            if self.management is not None:
-                await destination.meet_again()
-                await self.management.take_up()
+            await self._monitors.meet_again()
             self.migration.watch()
         else:
             await self.migration.start_destination()
-
-    def _make_management(self, destination: QemuDestination, listener: str) -> None:
-        from sharded_pc.destination.management import Incoming, Management
-
-        connections = self.migration.connections
-        incoming = Incoming(
-            self._open, connections.recover, connections.pause, self._status, self._awaited_at,
-            self._doorway.prepare,
-        )  # fmt: skip
-        path = runtime_folder.runtime_path(self.settings.name, runtime_folder.RELAY)
-        self.management = Management(
-            path,
-            destination.monitor,
-            incoming,
-            resumed=self.resumes,
-            stream_fds=self.settings.stream_fds,
-        )
-        self._exit.push_async_callback(self.management.close)
-        destination.relay_monitor(listener, path)
 
     def _status(self) -> tuple[MigrationStatus, str | None]:
         error = self.error or self.migration.connections.paused_by
@@ -260,10 +227,9 @@ class Coordinator:
             self.memory.control.note_ended()
         status = CANCELLED if isinstance(error, Cancelled) else FAILED
         self.memory.control.status = status
-        self._tell_status(status)
+        self._monitors.tell(status)
         await self.migration.close()
-        if self.management is not None and self.destination is not None:
-            await self.management.failed(self.destination.exited())
+        await self._monitors.failed()
         if self.destination is not None:
             await self.destination.end()  # first: it has no use for the news
         if self.migration.attach is not None:
@@ -271,14 +237,13 @@ class Coordinator:
 
     async def last_word(self) -> None:
         """Lets control clients that are connected ask how it ended, for a moment."""
-        if self._qmp is not None and not self._ending.is_over:
-            await self._qmp.idle(LAST_WORD_SECONDS)
+        if not self._ending.is_over:
+            await self._monitors.last_word()
 
     async def retire(self) -> None:
         """The migration has completed: no worker and no attach socket is needed any more."""
         await self.migration.close()  # it would take the guest's end for a failure
-        if self.management is not None and self.destination is not None:
-            await self.management.leave(self.destination.exited())
+        await self._monitors.leave()
         await self.shards.stop()
         if self.migration.attach is not None:
             await self.migration.attach.close()
@@ -290,12 +255,6 @@ class Coordinator:
         pids = self.migration.guest_pids
         huge = self._huge_pages.mapped(pids) if is_over(control.status) else None
         return receiver_info(self.memory, error, huge)
-
-    def _tell_status(self, status: MigrationStatus) -> None:
-        if self._qmp is not None:
-            self._qmp.event("MIGRATION", {"status": status.value})
-        if self.management is not None:
-            self.management.tell(status)
 
 
 def _check_destination(arguments: tuple[str, ...]) -> None:
